@@ -1,0 +1,43 @@
+# `make demo` and `make test` start from a bare clone with python3, make and a package index.
+
+BIN := .venv/bin
+DEMO := build/demo
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: install demo train-demo test test-slow lint benchmark clean
+
+install: $(BIN)/.installed
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	python3 -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Labels 96 drawn scenes that the committed checkpoint never saw, and says how right it was.
+demo: install
+	rm -rf $(DEMO)
+	python -m segray.demo $(DEMO)/scenes --num-scenes 96 --first-seed 1000000
+	python jobs/label.py $(DEMO)/scenes/images $(DEMO)/labels --model segray/demo.safetensors
+	python jobs/evaluate.py $(DEMO)/labels $(DEMO)/scenes/targets
+	python jobs/report.py $(DEMO)/labels
+
+test: lint
+	pytest
+
+# The long forms: CamVid at full size, soak runs.
+test-slow: install
+	pytest -m slow
+
+lint: install
+	ruff check
+	ruff format --check
+	mypy
+	lint-imports
+
+# Images per second of this job, of a bare loop and of Ray's documented recipe, in one run.
+benchmark: install
+	python tests/benchmarks/throughput.py
+
+clean:
+	rm -rf build

@@ -1,0 +1,13 @@
+"""Makes one HTML page of a label store: numbers, classes, rejects, and images under their label maps.
+
+    python jobs/report.py SINK
+    python jobs/report.py SINK --image-id ID --export masks
+    ray job submit --working-dir . -- python jobs/report.py s3://bucket/labels --html s3://bucket/report.html
+
+The page is a single file that opens from disk without a network. `--help` lists every option.
+"""
+
+from segray.cli import main
+
+if __name__ == "__main__":
+    main("report")

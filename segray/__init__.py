@@ -1,0 +1,29 @@
+"""segray: semantic segmentation of images by the million, as a batch job on Ray.
+
+The modules, in the order in which data meets them:
+
+    classes     Classes: ids, names, palette, ignore_index
+    source      URI → what is there, and its bytes
+    decode      bytes → image, or a reject
+    tile        Window, Tiling, windows(height, width)
+    model       name or checkpoint → module, Classes, preprocessing
+    predict     Predictor, the actor class
+    stitch      weight, accumulate, divide
+    labelmap    label maps as PNG, in colour, as masks
+    statistics  ConfusionMatrix, IoU
+    sink        the label store, written
+    store       the label store, read
+    session     a Ray cluster to run on
+    progress    what a person sees of a run
+    label       the chain of all these
+    train       training on shards of pairs
+    evaluate    a label store against targets
+    report      a label store as a page
+    demo        drawn scenes with exact targets
+    errors      what can go wrong
+    cli         the command line
+"""
+
+__all__ = ["__version__"]
+
+__version__ = "0.1.0"

@@ -1,0 +1,108 @@
+"""Bytes to an image, or to a reject that says what is wrong with them."""
+
+import io
+import warnings
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from segray.errors import Reject
+
+__all__ = ["FORMATS", "decode"]
+
+FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF")
+"""What is tried, by Pillow's names. A phone's JPEG with further pictures behind it (MPO) is a JPEG."""
+
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"II*\0", b"MM\0*", b"BM", b"GIF8")
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# `decode` compares the header's size with its own limit before a pixel is allocated, for all
+# formats alike; Pillow's limit would only warn up to twice its value.
+Image.MAX_IMAGE_PIXELS = None
+
+
+def decode(data: bytes | memoryview, max_pixels: int) -> UInt8[np.ndarray, "height width 3"]:
+    """Decodes one image.
+
+    EXIF orientation is applied. Grey, palette, CMYK and alpha become RGB (alpha is left out,
+    not blended); 16-bit samples keep their upper 8 bits.
+
+    Args:
+        data: the file's bytes.
+        max_pixels: images with more are rejected before they are decoded.
+
+    Returns:
+        (height, width, 3) uint8.
+
+    Raises:
+        Reject: empty, not an image, truncated or corrupt, animated, too many pixels, unsupported.
+    """
+    if not data:
+        raise Reject("decode", "empty", "the file has 0 bytes")
+    # What Pillow warns of (odd EXIF, text chunks, palettes) decides no pixel, and would come by the million.
+    with warnings.catch_warnings(action="ignore"), _open(data) as image:
+        num_pixels = image.width * image.height
+        if num_pixels > max_pixels:
+            raise Reject(
+                "decode",
+                "too many pixels",
+                f"{image.width}×{image.height} is {num_pixels} pixels; --max-pixels is {max_pixels}",
+            )
+        try:
+            num_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            if num_frames > 1:
+                raise Reject("decode", "animated", f"a {image.format} of {num_frames} frames; give single images")
+            image.load()
+            return _to_rgb(_upright(image))
+        except Reject:
+            raise
+        except Exception as error:  # as above: OSError, SyntaxError, struct.error, zlib.error, …
+            raise _damaged(data, error) from error
+
+
+def _open(data: bytes | memoryview) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        start = bytes(data[:8])
+        if start.startswith(_SIGNATURES):
+            raise Reject("decode", "corrupt", f"the header cannot be read; starts with {start!r}") from error
+        raise Reject("decode", "not an image", f"none of {', '.join(FORMATS)}; starts with {start!r}") from error
+    except Exception as error:  # a damaged header: Pillow's readers raise whatever they stumble over
+        raise _damaged(data, error) from error
+
+
+def _damaged(data: bytes | memoryview, error: Exception) -> Reject:
+    # A RIFF file (WebP) says in its header how long it is; libwebp does not say that it is shorter.
+    cut = bytes(data[:4]) == b"RIFF" and len(data) < 8 + int.from_bytes(data[4:8], "little")
+    kind = "truncated" if cut or "truncated" in str(error).lower() else "corrupt"
+    return Reject("decode", kind, f"{type(error).__name__}: {error}")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # EXIF that cannot be read says nothing of orientation; the pixels are there
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
+    if image.mode in ("F", "I"):
+        numbers = "floating point" if image.mode == "F" else "32-bit or signed integers"
+        raise Reject("decode", "unsupported", f"pixels are {numbers}; give 8 or 16-bit integers")
+    if image.mode.startswith("I;16"):
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    image.info.pop("transparency", None)  # left out like alpha; Pillow would warn that it is lost
+    return np.asarray(image.convert("RGB"))

@@ -1,0 +1,79 @@
+"""What can go wrong, as one small tree.
+
+SegrayError            one line for a person, then the exit status
+├── Refused            nothing was started                             exit 2
+│   ├── SettingsError  a setting is out of its bounds
+│   ├── SourceError    the source cannot be read or holds no image
+│   ├── SinkError      the sink cannot be read or written
+│   └── ModelError     weights cannot be had or do not fit
+├── RunError           the run ended badly; what it committed is kept  exit 1
+└── Reject             one image cannot be labelled; it becomes a row of `rejects`
+"""
+
+__all__ = [
+    "ModelError",
+    "Refused",
+    "Reject",
+    "RunError",
+    "SegrayError",
+    "SettingsError",
+    "SinkError",
+    "SourceError",
+]
+
+
+class SegrayError(Exception):
+    """An expected failure: its text is one line that names the way out."""
+
+    exit_status = 1
+
+
+class Refused(SegrayError):
+    """The job was not started."""
+
+    exit_status = 2
+
+
+class SettingsError(Refused):
+    """A setting is out of its bounds, or two of them contradict each other."""
+
+
+class SourceError(Refused):
+    """The source cannot be read, or there is no image in it."""
+
+
+class SinkError(Refused):
+    """The sink cannot be read or written."""
+
+
+class ModelError(Refused):
+    """The model is not known, or its weights cannot be had or do not fit."""
+
+
+class RunError(SegrayError):
+    """The run ended badly; everything that it committed is kept."""
+
+
+class Reject(SegrayError):
+    """One image cannot be labelled.
+
+    Attributes:
+        stage: the step that gave up: `fetch`, `decode` or `predict`.
+        kind: what is wrong, in words that many images share (rejects are counted by it).
+        detail: what is wrong with this image.
+    """
+
+    def __init__(self, stage: str, kind: str, detail: str) -> None:
+        """Takes what the attributes hold."""
+        super().__init__(stage, kind, detail)
+        self.stage = stage
+        self.kind = kind
+        self.detail = detail
+
+    @property
+    def reason(self) -> str:
+        """`kind: detail`, as the reject's row holds it."""
+        return f"{self.kind}: {self.detail}"
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.reason}"

@@ -1,0 +1,361 @@
+"""Label maps against targets: one confusion matrix over the whole set."""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from tyro.conf import Positional
+
+from segray.classes import Classes
+from segray.errors import RunError, SettingsError, SinkError, SourceError
+from segray.labelmap import decode_png
+from segray.statistics import ConfusionMatrix
+from segray.store import LabelStore, image_name
+
+__all__ = ["Evaluate", "Evaluation", "Unmatched", "evaluate"]
+
+_NUM_THREADS = 8
+_NUM_NAMED = 5
+_MAX_CLASSES_SHOWN = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Compares the label maps of a sink with targets: IoU of each class, mIoU, pixel accuracy."""
+
+    sink: Positional[str]
+    """The label store: a folder or prefix that `label` wrote."""
+
+    targets: Positional[str]
+    """A folder or prefix (recursive) of label PNGs, grey or palette; `a/7.png` is the target of the image `7.jpg`."""
+
+    recipe: str | None = None
+    """The recipe whose label maps are compared. Default: that of the newest run."""
+
+    ignore_index: int | None = None
+    """The id of void pixels in the targets (CamVid: 11). Default: the recipe's own, mostly 255."""
+
+    json: str | None = None
+    """Also write the result as JSON to this file or URI; `-`: to standard output, and the table to standard error."""
+
+    def __post_init__(self) -> None:
+        if self.ignore_index is not None and not 0 <= self.ignore_index <= 0xFFFF:
+            raise SettingsError(
+                f"--ignore-index {self.ignore_index}: ids in a PNG lie between 0 and 65535; "
+                "leave the option out if the targets have no void pixels"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Unmatched:
+    """Files on one side that have no counterpart of the same name on the other."""
+
+    count: int = 0
+    """How many."""
+
+    first: tuple[str, ...] = ()
+    """A few of them: the first in alphabetical order."""
+
+    def plus(self, uri: str) -> "Unmatched":
+        """These and one more."""
+        return Unmatched(self.count + 1, tuple(sorted((*self.first, uri))[:_NUM_NAMED]))
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a comparison found."""
+
+    sink: str
+    """The label store."""
+
+    targets: str
+    """Where the targets lie."""
+
+    recipe: str
+    """The recipe whose label maps were compared."""
+
+    run_id: str | None
+    """The newest run of that recipe; None where no run is recorded."""
+
+    model: dict[str, Any]
+    """The recipe's model: name, digest, architecture and its arguments."""
+
+    classes: Classes
+    """The model's classes, with the `ignore_index` that was used."""
+
+    num_images: int
+    """Pairs of a label map and its target."""
+
+    confusion_matrix: ConfusionMatrix
+    """Of all pairs."""
+
+    images_without_target: Unmatched = field(default_factory=Unmatched)
+    """Images in the sink that were not compared."""
+
+    targets_without_image: Unmatched = field(default_factory=Unmatched)
+    """Targets that were not used."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: what is not defined (the IoU of an absent class) is null."""
+        counts, iou = self.confusion_matrix.counts, self.confusion_matrix.iou()
+        return {
+            "sink": self.sink,
+            "targets": self.targets,
+            "recipe": self.recipe,
+            "run_id": self.run_id,
+            "model": self.model,
+            "ignore_index": self.classes.ignore_index,
+            "num_images": self.num_images,
+            "num_pixels": int(counts.sum()),
+            "miou": _or_none(self.confusion_matrix.miou()),
+            "pixel_accuracy": _or_none(self.confusion_matrix.pixel_accuracy()),
+            "classes": [
+                {
+                    "class_id": class_id,
+                    "class_name": name,
+                    "iou": _or_none(float(iou[class_id])),
+                    "num_target_pixels": int(counts[class_id].sum()),
+                    "num_prediction_pixels": int(counts[:, class_id].sum()),
+                }
+                for class_id, name in enumerate(self.classes.names)
+            ],
+            "confusion_matrix": counts.tolist(),
+            "images_without_target": _unmatched_dict(self.images_without_target),
+            "targets_without_image": _unmatched_dict(self.targets_without_image),
+        }
+
+
+def evaluate(job: Evaluate) -> Evaluation:
+    """Compares every label map of a recipe with the target of its name, and prints the result.
+
+    Only a batch of label maps is in memory at a time, and the result does not depend on their order.
+    An image that was labelled again after it had changed counts once, as last labelled.
+
+    Raises:
+        SinkError: there is no such store or recipe, or it holds no label map, or a name twice.
+        SourceError: the targets cannot be listed, match no image, or a name occurs twice.
+        RunError: a target cannot be read, or its size or ids are not those of the label map.
+    """
+    store = LabelStore.open(job.sink)
+    recipe_id, run = store.choose(job.recipe)
+    recipe = store.recipe(recipe_id)
+    classes = Classes.from_dict(recipe["classes"])
+    if job.ignore_index is not None:
+        classes = replace(classes, ignore_index=job.ignore_index)
+
+    filesystem, targets = _list_targets(job.targets)
+    target_of, images_without_target, used = _match(store, recipe_id, targets)
+    targets_without_image = Unmatched()
+    for name in targets.keys() - used:
+        for path in targets[name]:
+            targets_without_image = targets_without_image.plus(path)
+    if not target_of:
+        raise SourceError(
+            f"{job.targets}: none of {targets_without_image.count} targets has the name of one of the "
+            f"{images_without_target.count} images in {job.sink} (recipe {recipe_id}); targets are called "
+            f"{_examples(targets_without_image)}, images {_examples(images_without_target)}"
+        )
+
+    def compare(pair: tuple[str, str, bytes]) -> ConfusionMatrix:
+        path, uri, label_map = pair
+        return _compare(filesystem.cat_file(path), path, label_map, uri, classes)
+
+    total = ConfusionMatrix.zeros(len(classes))
+    num_images = len(target_of)
+    console = Console(markup=False, emoji=False, highlight=False, stderr=job.json == "-")
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        matrices = (
+            matrix for pairs in _batches_of_pairs(store, recipe_id, target_of) for matrix in pool.map(compare, pairs)
+        )
+        for matrix in track(
+            matrices,
+            "Comparing",
+            total=num_images,
+            console=Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        ):
+            total += matrix
+
+    evaluation = Evaluation(
+        sink=job.sink,
+        targets=job.targets,
+        recipe=recipe_id,
+        run_id=run["run_id"] if run else None,
+        model=recipe["model"],
+        classes=classes,
+        num_images=num_images,
+        confusion_matrix=total,
+        images_without_target=images_without_target,
+        targets_without_image=targets_without_image,
+    )
+    _print(evaluation, console, chosen=job.recipe is None)
+    if job.json is not None:
+        _write_json(evaluation, job.json)
+    return evaluation
+
+
+def _list_targets(uri: str) -> tuple[Any, dict[str, list[str]]]:
+    """The file system and, for each name, the paths of the PNGs that bear it."""
+    try:
+        filesystem, root = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+        paths = filesystem.find(root)
+    except Exception as error:  # each store's client has exceptions of its own
+        raise SourceError(f"{uri}: the targets cannot be listed: {error or type(error).__name__}") from error
+    targets: dict[str, list[str]] = {}
+    for path in paths:
+        if path.lower().endswith(".png"):
+            targets.setdefault(PurePosixPath(path).stem, []).append(path)
+    if not targets:
+        raise SourceError(f"{uri}: there is no PNG; give a folder or prefix of label PNGs named like the images")
+    return filesystem, targets
+
+
+def _match(
+    store: LabelStore, recipe_id: str, targets: dict[str, list[str]]
+) -> tuple[dict[str, str], Unmatched, set[str]]:
+    """Finds the target of each image.
+
+    Returns:
+        The target's path for each image_id that has one, the images that have none, and the names
+        that are used.
+
+    Raises:
+        SinkError: nothing is labelled, or two images of a target's name.
+        SourceError: two targets of an image's name.
+    """
+    matched: dict[str, tuple[str, str, str]] = {}
+    unmatched = Unmatched()
+    for batch in store.batches("label_maps", recipe_id, ["uri", "run_id", "image_id"]):
+        for uri, run_id, image_id in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            name = image_name(uri)
+            if name not in targets:
+                unmatched = unmatched.plus(uri)
+                continue
+            if len(targets[name]) > 1:
+                raise SourceError(
+                    f"{targets[name][0]} and {targets[name][1]} are both called {name!r}, like the image {uri}; "
+                    "give a TARGETS that holds only one of them"
+                )
+            image = (uri, run_id, image_id)
+            other = matched.setdefault(name, image)
+            if other[0] != uri:
+                raise SinkError(
+                    f"{min(uri, other[0])} and {max(uri, other[0])} are both called {name!r}, like the target "
+                    f"{targets[name][0]}; label them into sinks of their own"
+                )
+            matched[name] = max(image, other)
+    if not matched and not unmatched.count:
+        raise SinkError(f"{store.uri}: recipe {recipe_id} has no label maps; {store.other_recipes(recipe_id)}")
+    return {image_id: targets[name][0] for name, (_, _, image_id) in matched.items()}, unmatched, set(matched)
+
+
+def _batches_of_pairs(
+    store: LabelStore, recipe_id: str, target_of: dict[str, str]
+) -> Iterator[list[tuple[str, str, bytes]]]:
+    """The target's path, the image's URI and its encoded label map, a batch at a time."""
+    waiting = dict(target_of)  # two runs at the same time may both have written an image
+    for batch in store.batches("label_maps", recipe_id, ["image_id", "uri", "label_map"]):
+        yield [
+            (waiting.pop(image_id), uri.as_py(), label_map.as_py())
+            for image_id, uri, label_map in zip(batch[0].to_pylist(), batch[1], batch[2], strict=True)
+            if image_id in waiting
+        ]
+
+
+def _compare(target_png: bytes, path: str, label_map_png: bytes, uri: str, classes: Classes) -> ConfusionMatrix:
+    try:
+        target = decode_png(target_png)
+    except Exception as error:  # a damaged PNG: Pillow raises whatever it stumbles over
+        raise RunError(f"{path}: the target cannot be read: {error or type(error).__name__}") from error
+    prediction = decode_png(label_map_png)
+    try:
+        return ConfusionMatrix.of(target, prediction, len(classes), classes.ignore_index)
+    except ValueError as error:
+        way_out = (
+            "targets need the size of their image"
+            if target.shape != prediction.shape
+            else "if such an id stands for void pixels, give it as --ignore-index"
+        )
+        raise RunError(f"{path}: {error} (image {uri}); {way_out}") from error
+
+
+def _print(evaluation: Evaluation, console: Console, *, chosen: bool) -> None:
+    result = evaluation.to_dict()
+    run = f", run {evaluation.run_id}" if evaluation.run_id else ""
+    console.print(
+        f"{evaluation.model['name']} (recipe {evaluation.recipe}{run}{', the newest' if chosen and run else ''}) "
+        f"on {evaluation.num_images} images",
+        soft_wrap=True,
+    )
+    table = Table(box=box.SIMPLE)
+    for column in ("id", "class", "IoU", "target pixels", "predicted pixels"):
+        table.add_column(column, justify="left" if column == "class" else "right", overflow="fold")
+    for row in result["classes"]:
+        table.add_row(
+            str(row["class_id"]),
+            row["class_name"],
+            _fixed(row["iou"]),
+            f"{row['num_target_pixels']:,}",
+            f"{row['num_prediction_pixels']:,}",
+        )
+    console.print(table)
+    num_classes = len(evaluation.classes)
+    if 1 < num_classes <= _MAX_CLASSES_SHOWN:
+        console.print("Where each target's pixels went, in % (rows: targets, columns: predictions)", soft_wrap=True)
+        matrix = Table(box=box.SIMPLE, padding=(0, 0, 0, 1))
+        for heading in ("", *map(str, range(num_classes))):
+            matrix.add_column(heading, justify="right")
+        for class_id, counts in enumerate(result["confusion_matrix"]):
+            total = sum(counts)
+            matrix.add_row(str(class_id), *(f"{100 * count / total:.1f}" if total else "-" for count in counts))
+        console.print(matrix)
+    console.print(
+        f"mIoU {_fixed(result['miou'])}   pixel accuracy {_fixed(result['pixel_accuracy'])}   "
+        f"{result['num_pixels']:,} pixels, void (id {evaluation.classes.ignore_index}) left out",
+        soft_wrap=True,
+    )
+    for what, unmatched in (
+        ("Images without a target", evaluation.images_without_target),
+        ("Targets without an image", evaluation.targets_without_image),
+    ):
+        if unmatched.count:
+            console.print(f"{what}: {unmatched.count} ({_examples(unmatched)})", soft_wrap=True)
+
+
+def _write_json(evaluation: Evaluation, uri: str) -> None:
+    text = json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    if uri == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        with fsspec.open(uri, "wt", encoding="utf-8") as file:
+            file.write(text)
+    except Exception as error:  # each store's client has exceptions of its own
+        raise RunError(f"{uri}: the JSON cannot be written: {error or type(error).__name__}") from error
+
+
+def _unmatched_dict(unmatched: Unmatched) -> dict[str, Any]:
+    return {"count": unmatched.count, "first": list(unmatched.first)}
+
+
+def _examples(unmatched: Unmatched) -> str:
+    return ", ".join(unmatched.first) + (", …" if unmatched.count > len(unmatched.first) else "")
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _fixed(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,488 @@
+"""Labels images: source → fetch → decode → predict → encode → sink, as one Ray Data pipeline."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from tyro.conf import Positional
+
+import segray
+from segray.classes import Classes
+from segray.decode import decode
+from segray.errors import Reject, RunError, SettingsError, SourceError
+from segray.labelmap import dtype_for, encode_png
+from segray.progress import Fetched, Ledger, Snapshot, Totals, print_table, watch
+from segray.tile import Tiling
+
+__all__ = ["Label", "Placement", "label", "place"]
+
+# Ray and torch are imported when the job starts, so that `--help` answers at once.
+
+_LABELLING = 1  # to be raised with any change of code that changes label maps: it begins new recipes
+_IMAGES_PER_BLOCK = 64
+_PIXEL_BYTES = 64 * 2**20
+_TASK_CPUS = 0.25  # beside a model that computes on all cores, the other stages mostly wait
+_THREADS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """Labels the images of SOURCE with MODEL, into the label store SINK.
+
+    Raises:
+        SettingsError: a setting is out of its bounds.
+    """
+
+    source: Positional[str]
+    """Images: a folder, prefix or glob, a file, tar or Parquet shards, or a manifest (Parquet, CSV, text) of URIs."""
+
+    sink: Positional[str]
+    """Folder or prefix of the label store; images that it already holds are skipped."""
+
+    model: str
+    """A model's name (deeplabv3_resnet50, unet_resnet34, …), or a segray checkpoint (.safetensors)."""
+
+    weights: str | None = None
+    """With a model's name: a state dict (.safetensors or .pth) in place of the published weights."""
+
+    classes: str | None = None
+    """With --weights: the names of the classes, as JSON or one a line."""
+
+    column: str | None = None
+    """Column of URIs in a manifest, or of image bytes in Parquet shards; None: it is found."""
+
+    max_pixels: int = 178_956_970
+    """Images with more pixels are rejected before they are decoded."""
+
+    max_rejects: float = 0.1
+    """Share of rejects among the run's images beyond which it ends with exit status 1."""
+
+    tiling: Tiling = field(default_factory=Tiling)
+    """How large images are cut."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto: on GPUs where the cluster has any."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the forward pass computes in; float16 on GPUs alone."""
+
+    batch_size: int = 16
+    """Images, or tiles, that share a forward pass; beyond 640×640 pixels in proportion fewer."""
+
+    actors: int | None = None
+    """Copies of the model; None: one a GPU, or one for each --threads CPUs."""
+
+    threads: int | None = None
+    """CPU threads of each copy; None: 4, or what the smallest node has; with a GPU 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "actors", "threads", "max_pixels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingsError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if not 0 <= self.max_rejects <= 1:
+            raise SettingsError(f"--max-rejects {self.max_rejects}: is a share, from 0 to 1")
+        if self.dtype == "float16" and self.device == "cpu":
+            raise SettingsError("--dtype float16 runs on GPUs alone; on a CPU take bfloat16 or float32")
+        within, _, is_deep = self.source.partition("**")
+        if not is_deep and set("*?") & set(self.source):
+            return  # a pattern of one level does not reach into a sink beside its files
+        source, sink = (
+            uri if "://" in uri else os.path.abspath(uri) for uri in (within, self.sink.removeprefix("file://"))
+        )
+        source = source.removeprefix("file://")
+        if f"{sink.rstrip('/')}/".startswith(f"{source.rstrip('/')}/"):
+            raise SettingsError(f"SINK {self.sink} lies in SOURCE {self.source}: its parts would be read as shards")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """What the pipeline asks of the cluster."""
+
+    device: Literal["cpu", "cuda"]
+    """Where the model runs."""
+    actors: int
+    """Copies of the model."""
+    threads: int
+    """CPU threads of each."""
+    actor_cpus: float
+    """CPUs that each reserves."""
+    task_cpus: float
+    """CPUs that a task of the other stages reserves."""
+
+
+def label(job: Label) -> None:
+    """Runs the job and prints what it did.
+
+    Raises:
+        Refused: nothing was started.
+        RunError: the run ended badly, or its rejects pass `max_rejects`.
+        KeyboardInterrupt: it was stopped; what it had committed is kept.
+    """
+    run = _Run(job)
+
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from segray import model
+    from segray.predict import Predictor
+    from segray.session import root_cause, session
+    from segray.sink import PartSink, Sink
+    from segray.source import Source
+
+    source = Source(job.source, job.column)
+    checkpoint = model.load(job.model, job.weights, job.classes)
+    for notice in model.notices(checkpoint):
+        print(f"note: {notice}", file=sys.stderr)
+    classes = checkpoint.classes
+    recipe = _recipe(job, checkpoint)
+    sink = Sink(job.sink, recipe["recipe"])
+
+    with session() as ray:
+        placement = place(job, ray.nodes())
+        done = sink.done()
+        index = _index(source, done)
+        sink.start(recipe)
+        done_ref, checkpoint_ref = ray.put(done), ray.put(checkpoint.to_bytes())
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        ledger = ray.remote(num_cpus=0, scheduling_strategy=here)(Ledger).remote()
+
+        def snapshot() -> Snapshot:
+            state: Snapshot = ray.get(ledger.snapshot.remote())
+            return state
+
+        task: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": placement.task_cpus}
+        try:
+            if index.blocks:
+                with watch(snapshot, index.num_loose, index.num_shards, run.started.timestamp(), run.samples):
+                    (
+                        ray.data.from_arrow_refs(index.blocks)
+                        .map_batches(
+                            _fetch, **task, fn_kwargs={"done": done_ref, "column": job.column, "ledger": ledger}
+                        )
+                        .map_batches(_decode, **task, fn_kwargs={"max_pixels": job.max_pixels})
+                        # map_batches would insist on a number of rows with a GPU. Ours are whole blocks,
+                        # which Ray bounds in bytes, however large the images are.
+                        .map_batches_internal(
+                            Predictor,
+                            batch_format="pyarrow",
+                            # The driver keeps the reference, so that an actor may start again.
+                            fn_constructor_args=[functools.partial(ray.get, checkpoint_ref)],
+                            fn_constructor_kwargs={
+                                "tiling": job.tiling,
+                                "batch_size": job.batch_size,
+                                "device": placement.device,
+                                "dtype": job.dtype,
+                                "num_threads": placement.threads,
+                            },
+                            compute=ray.data.ActorPoolStrategy(size=placement.actors, max_tasks_in_flight_per_actor=2),
+                            num_cpus=placement.actor_cpus,
+                            num_gpus=1 if placement.device == "cuda" else 0,
+                        )
+                        .map_batches(_encode, **task, fn_kwargs={"classes": classes, "ledger": ledger})
+                        .write_datasink(
+                            PartSink(sink, classes, run.run_id, ledger),
+                            # Less than the task before it, or Ray would fuse the two and keep a
+                            # whole part's label maps in memory until they are encoded.
+                            ray_remote_args={"num_cpus": placement.task_cpus / 2},
+                        )
+                    )
+            run.status = "finished"
+        except KeyboardInterrupt:
+            run.status = "interrupted"
+            raise
+        except Exception as error:  # Ray's wrapping of whatever happened in a worker
+            run.status = "failed"
+            raise RunError(
+                f"the run broke off: {root_cause(error)}; "
+                "what is committed stays, and the same command goes on from there"
+            ) from error
+        finally:
+            totals = Totals.of(ray.get(ledger.receipts.remote()), classes)
+            record = run.record(recipe["recipe"], index, snapshot(), totals, placement)
+            sink.write_json(f"runs/{run.run_id}.json", record)
+            _print_summary(job, record)
+    counts = record["counts"]
+    if counts["seen"] != counts["labelled"] + counts["rejected"] + counts["present"]:
+        raise RunError(f"the counts do not add up: {counts}; the same command labels what is missing")
+    attempted = counts["labelled"] + counts["rejected"]
+    if attempted and counts["rejected"] > job.max_rejects * attempted:
+        raise RunError(
+            f"{counts['rejected']} of {attempted} images were rejected, more than --max-rejects {job.max_rejects}; "
+            f"all else is committed, and {job.sink}/rejects says why"
+        )
+
+
+def place(job: Label, nodes: Sequence[Mapping[str, Any]]) -> Placement:
+    """Decides how many models run and what they reserve, so that every stage finds a CPU.
+
+    Args:
+        job: the settings.
+        nodes: as `ray.nodes()` gives them.
+
+    Raises:
+        SettingsError: the cluster cannot hold it; the message has the numbers.
+    """
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    cpus = [r["CPU"] for r in resources if r.get("CPU")]
+    num_gpus = int(sum(r.get("GPU", 0) for r in resources))
+    if not cpus:
+        raise SettingsError("the cluster has no CPUs; `ray status` shows its nodes")
+    device: Literal["cpu", "cuda"] = "cuda" if job.device == "cuda" or (job.device == "auto" and num_gpus) else "cpu"
+    if device == "cuda":
+        threads = job.threads or 1
+        actors = job.actors or num_gpus
+        actor_cpus: float = threads
+        fitting = sum(int(min(r.get("GPU", 0), r.get("CPU", 0) // actor_cpus)) for r in resources)
+    else:
+        if job.dtype == "float16":
+            raise SettingsError(
+                "--dtype float16 runs on GPUs alone, and the cluster has none; take bfloat16 or float32"
+            )
+        threads = job.threads or int(min(_THREADS, *cpus))
+        # One of its threads' CPUs is lent to the tasks that feed it and write what it gives.
+        actor_cpus = threads - 1 if threads > 1 else 0.5
+        actors = job.actors or int(sum(max(1, n // threads) for n in cpus))
+        fitting = int(sum(n // actor_cpus for n in cpus))
+    left = sum(cpus) - actors * actor_cpus
+    task_cpus = min(_TASK_CPUS, left / 4)
+    if actors > fitting or actors < 1 or task_cpus < _TASK_CPUS / 4:
+        each = f"{actor_cpus:g} CPU{' and 1 GPU' if device == 'cuda' else ''}"
+        raise SettingsError(
+            f"{max(actors, 1)} × the model at {each} each, and {_TASK_CPUS:g} CPU for the other stages, "
+            f"do not fit the cluster's {sum(cpus):g} CPUs and {num_gpus} GPUs on {len(resources)} nodes, "
+            f"which hold {fitting} models; lower --actors or --threads, or take another --device"
+        )
+    return Placement(device=device, actors=actors, threads=threads, actor_cpus=actor_cpus, task_cpus=task_cpus)
+
+
+def _fetch(entries: pa.Table, *, done: Any, column: str | None, ledger: Any) -> Iterator[pa.Table]:
+    import ray
+
+    from segray.source import fetch, is_shard
+
+    first = entries["uri"][0].as_py()
+    num_seen = num_present = 0
+    for table, num_skipped in fetch(entries, done=ray.get(done), column=column):
+        num_seen += table.num_rows + num_skipped
+        num_present += num_skipped
+        if table.num_rows:
+            yield table
+    state = Fetched(num_seen=num_seen, num_present=num_present, is_shard=is_shard(first))
+    ray.get(ledger.fetched.remote(first, state))
+
+
+def _decode(fetched: pa.Table, *, max_pixels: int) -> Iterator[pa.Table]:
+    """`data` becomes `pixels` (HWC uint8, empty in a reject), `height` and `width`.
+
+    Yields a table whenever there are some 64 MiB of pixels, however small the files were.
+    """
+    images: list[np.ndarray] = []
+    stages, reasons = fetched["stage"].to_pylist(), fetched["reason"].to_pylist()
+    first, size_bytes = 0, 0
+    for row, data in enumerate(fetched["data"]):
+        image = np.empty((0, 0, 3), np.uint8)
+        if reasons[row] is None:
+            try:
+                image = decode(memoryview(data.as_buffer()), max_pixels)
+            except Reject as reject:
+                stages[row], reasons[row] = reject.stage, reject.reason
+        images.append(image)
+        size_bytes += image.nbytes
+        if size_bytes >= _PIXEL_BYTES or row == fetched.num_rows - 1:
+            some = fetched.slice(first, len(images))
+            yield pa.table(
+                {
+                    **{name: some[name] for name in ("image_id", "uri", "version")},
+                    "pixels": _binary(images),
+                    "height": pa.array([image.shape[0] for image in images], pa.int32()),
+                    "width": pa.array([image.shape[1] for image in images], pa.int32()),
+                    "stage": pa.array(stages[first : row + 1], pa.string()),
+                    "reason": pa.array(reasons[first : row + 1], pa.string()),
+                }
+            )
+            first, size_bytes, images = row + 1, 0, []
+
+
+def _binary(arrays: Sequence[np.ndarray]) -> pa.Array:
+    """The arrays' bytes as one Arrow column, with a single copy."""
+    offsets = np.cumsum([0, *(array.nbytes for array in arrays)], dtype=np.int64)
+    values = np.concatenate([np.array([], np.uint8), *(array.ravel() for array in arrays)])
+    return pa.Array.from_buffers(pa.large_binary(), len(arrays), [None, pa.py_buffer(offsets), pa.py_buffer(values)])
+
+
+def _encode(predicted: pa.Table, *, classes: Classes, ledger: Any) -> pa.Table:
+    """The raw `label_map` becomes a PNG."""
+    dtype = dtype_for(len(classes))
+    shapes = zip(predicted["height"].to_pylist(), predicted["width"].to_pylist(), strict=True)
+    pngs = [
+        encode_png(np.frombuffer(raw.as_buffer(), dtype).reshape(shape), classes.palette) if raw.is_valid else None
+        for raw, shape in zip(predicted["label_map"], shapes, strict=True)
+    ]
+    ledger.encoded.remote(len(pngs), pngs.count(None))
+    position = predicted.schema.get_field_index("label_map")
+    return predicted.set_column(position, "label_map", pa.array(pngs, pa.large_binary()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """What is to be done, in blocks that are one task's work each."""
+
+    blocks: list[Any]
+    """Ray references to tables with the schema `source.ENTRIES`."""
+    num_loose: int
+    """Loose images in them."""
+    num_shards: int
+    """Shards in them, each a block of its own."""
+    num_present: int
+    """Loose images left out, as the sink holds them."""
+    num_other: int
+    """Objects that are neither images nor shards."""
+
+
+def _index(source: Any, done: np.ndarray) -> _Index:
+    import ray
+
+    from segray.source import image_id, is_shard, known
+
+    blocks: list[Any] = []
+    num_loose = num_shards = num_present = 0
+    for table in source.entries():
+        uris, versions = table["uri"].to_pylist(), table["version"].to_pylist()
+        shards = np.array([is_shard(uri) for uri in uris])
+        ids = [image_id(uri, version or "") for uri, version in zip(uris, versions, strict=True)]
+        present = known(np.array(ids, "S32"), done) & ~shards & table["version"].is_valid().to_numpy()
+        loose = table.filter(pa.array(~shards & ~present))
+        blocks += [ray.put(loose.slice(row, _IMAGES_PER_BLOCK)) for row in range(0, loose.num_rows, _IMAGES_PER_BLOCK)]
+        blocks += [ray.put(table.slice(row, 1)) for row in np.flatnonzero(shards)]
+        num_loose += loose.num_rows
+        num_shards += int(shards.sum())
+        num_present += int(present.sum())
+    if not blocks and not num_present:
+        raise SourceError(
+            f"{source.uri} holds no images and no shards"
+            + (f", only {source.num_other} files of other kinds" if source.num_other else "")
+        )
+    return _Index(blocks, num_loose, num_shards, num_present, source.num_other)
+
+
+class _Run:
+    """One execution: its id, its clock, and what is told of it in the end."""
+
+    def __init__(self, job: Label) -> None:
+        self._job = job
+        self.started = datetime.now(UTC)
+        self.run_id = f"{self.started:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+        self.status: Literal["running", "finished", "interrupted", "failed"] = "running"
+        self.samples: list[tuple[float, int]] = []
+
+    def record(
+        self, recipe: str, index: _Index, state: Snapshot, totals: Totals, placement: Placement
+    ) -> dict[str, Any]:
+        """`runs/<run_id>.json`."""
+        began = self.started.timestamp()
+        total_seconds = time.time() - began
+        first, last = state.first_done or time.time(), state.last_done or time.time()
+        if state.num_done:
+            self.samples.append((round(last - began, 1), state.num_done))
+        num_steady = state.num_done - state.num_done_first
+        return {
+            "run_id": self.run_id,
+            "recipe": recipe,
+            "status": self.status,
+            "segray": segray.__version__,
+            "job": dataclasses.asdict(self._job),
+            "placement": dataclasses.asdict(placement),
+            "started": self.started.isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(),
+            "seconds": {"total": total_seconds, "start": first - began, "steady": last - first},
+            "images_per_second": num_steady / (last - first) if last > first and num_steady else None,
+            "throughput": self.samples,
+            "counts": {
+                "seen": index.num_present + state.num_seen,
+                "labelled": totals.num_labelled,
+                "rejected": totals.rejects.total(),
+                "present": index.num_present + state.num_present,
+                "other_files": index.num_other,
+            },
+            "rejects": [
+                {"stage": stage, "kind": kind, "num_images": count}
+                for (stage, kind), count in totals.rejects.most_common()
+            ],
+            "classes": totals.classes,
+        }
+
+
+def _recipe(job: Label, checkpoint: Any) -> dict[str, Any]:
+    """What decides a label, and its digest: the recipe's id."""
+    decisive = {
+        "labelling": _LABELLING,
+        "model": checkpoint.digest(),
+        "tiling": dataclasses.asdict(job.tiling),
+        "dtype": job.dtype,
+    }
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+    return {
+        # The letter keeps SQL engines from taking an id of digits for a number.
+        "recipe": f"r{digest[:15]}",
+        "labelling": _LABELLING,
+        "model": {
+            "name": job.model,
+            "digest": checkpoint.digest(),
+            "architecture": checkpoint.architecture,
+            "arguments": dict(checkpoint.arguments),
+            "origin": dict(checkpoint.origin),
+        },
+        "classes": checkpoint.classes.to_dict(),
+        "preprocessing": dataclasses.asdict(checkpoint.preprocessing),
+        "tiling": dataclasses.asdict(job.tiling),
+        "dtype": job.dtype,
+        "segray": segray.__version__,
+    }
+
+
+def _print_summary(job: Label, record: Mapping[str, Any]) -> None:
+    counts, seconds = record["counts"], record["seconds"]
+    rows = [[name, f"{counts[name]:,}"] for name in ("seen", "labelled", "present", "rejected")]
+    rows[2][0] = "already there"
+    rows += [[f"  {r['stage']}: {r['kind']}", f"{r['num_images']:,}"] for r in record["rejects"]]
+    if counts["other_files"]:
+        rows.append(["other files, not images", f"{counts['other_files']:,}"])
+    print(f"run {record['run_id']} of recipe {record['recipe']}: {record['status']}")
+    print_table(["images", ""], rows)
+    if counts["labelled"]:
+        print_table(
+            ["class", "pixels", "share", "images", "confidence"],
+            [
+                [
+                    f"{c['class_id']} {c['class_name']}",
+                    f"{c['num_pixels']:,}",
+                    f"{c['fraction']:.2%}",
+                    f"{c['num_images']:,}",
+                    "" if c["mean_confidence"] is None else f"{c['mean_confidence']:.3f}",
+                ]
+                for c in record["classes"]
+            ],
+        )
+    rate = record["images_per_second"]
+    print(
+        f"{seconds['total']:.1f} s in all, {seconds['start']:.1f} s of them to the first label map"
+        + (f", then {rate:.1f} images/s" if rate else "")
+    )
+    print(f"written to {job.sink}")
+    if record["status"] != "finished":
+        print("what is committed stays; run the same command again and it goes on from there")
+    script = Path(sys.argv[0])
+    report = f"python {script.with_name('report.py')}" if script.name == "label.py" else "segray report"
+    print(f"look at it: {report} {job.sink}")

@@ -1,0 +1,458 @@
+"""A model by name or checkpoint: architecture, classes, preprocessing and tensors.
+
+Wherever weights come from (torchvision's published files, a state dict, a segray checkpoint),
+they become one `Checkpoint`. Its bytes are what a `.safetensors` file holds and what travels to
+the actors, so that there is one way to build a model.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, Self
+
+import fsspec
+import safetensors.torch
+import segmentation_models_pytorch as smp
+import timm
+import torch
+import torchvision
+from jaxtyping import Float
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torchvision.models import segmentation
+
+from segray.classes import Classes
+from segray.errors import ModelError, SettingsError
+
+__all__ = [
+    "Checkpoint",
+    "Preprocessing",
+    "build",
+    "input_minimum",
+    "input_multiple",
+    "known_models",
+    "load",
+    "logits",
+    "notices",
+    "untrained",
+]
+
+_TORCHVISION = tuple(torchvision.models.list_models(segmentation))
+_SMP = tuple(sorted(smp.MODEL_ARCHITECTURES_MAPPING, key=len, reverse=True))
+_METADATA_KEY = "segray"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preprocessing:
+    """What happens to an image before the model sees it, in this order.
+
+    Raises:
+        SettingsError: a value is out of its bounds.
+    """
+
+    channels: Literal["RGB", "BGR", "L"] = "RGB"
+    """Which channels, in which order; L is luma (ITU-R 601)."""
+    resize: int | None = None
+    """Length in pixels to which the shorter side is brought (bilinear, antialiased). None: as it is."""
+    range: Literal[1, 255] = 1
+    """What white is: samples lie in [0, range]."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Subtracted from each channel; ImageNet's unless told."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Divides each channel after that."""
+
+    def __post_init__(self) -> None:
+        if self.channels not in ("RGB", "BGR", "L"):
+            raise SettingsError(f"preprocessing: channels {self.channels!r} must be 'RGB', 'BGR' or 'L'")
+        num_channels = len(self.channels)
+        if len(self.mean) != num_channels or len(self.std) != num_channels:
+            raise SettingsError(
+                f"preprocessing: {len(self.mean)} means and {len(self.std)} stds for {num_channels} channels"
+            )
+        if min(self.std) <= 0:
+            raise SettingsError(f"preprocessing: std {self.std} must be positive")
+        if self.range not in (1, 255):
+            raise SettingsError(f"preprocessing: range {self.range} must be 1 or 255")
+        if self.resize is not None and self.resize < 1:
+            raise SettingsError(f"preprocessing: resize {self.resize} must be at least 1 pixel, or null")
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """The inverse of `dataclasses.asdict`.
+
+        Raises:
+            SettingsError: a field is unknown or out of its bounds.
+        """
+        names = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - names):
+            raise SettingsError(f"preprocessing: unknown fields {unknown}; there are {sorted(names)}")
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise SettingsError(f"preprocessing: a value of the wrong form in {dict(fields)}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Checkpoint:
+    """A model at rest: all that is needed to build and feed it."""
+
+    architecture: str
+    """A model of torchvision (`deeplabv3_resnet50`) or an architecture of smp (`unet`)."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """What the architecture's constructor is given, e.g. smp's `encoder_name`."""
+    classes: Classes
+    """What the channels of its logits stand for."""
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    """What its images go through first."""
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """Where it came from: data, split, command, metrics. Decides nothing."""
+    tensors: Mapping[str, Tensor]
+    """Its state dict, on the CPU."""
+
+    def _decisive(self) -> dict[str, Any]:
+        return {
+            "architecture": self.architecture,
+            "arguments": dict(self.arguments),
+            "classes": self.classes.to_dict(),
+            "preprocessing": dataclasses.asdict(self.preprocessing),
+        }
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of everything in it that decides a label: all but `origin`."""
+        sha = hashlib.sha256(json.dumps(self._decisive(), sort_keys=True).encode())
+        for name, tensor in sorted(self.tensors.items()):
+            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        return sha.hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """The `.safetensors` file; all but the tensors is JSON in its metadata, key `segray`."""
+        metadata = json.dumps({**self._decisive(), "origin": dict(self.origin)})
+        # Copies, as safetensors refuses tensors that share memory (tied weights, slices of one buffer).
+        tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in self.tensors.items()}
+        return safetensors.torch.save(tensors, {_METADATA_KEY: metadata})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str = "the checkpoint") -> Self:
+        """The inverse of `to_bytes`; `name` stands for the file in errors.
+
+        Raises:
+            ModelError: not a segray checkpoint.
+        """
+        try:
+            tensors = safetensors.torch.load(data)
+        except SafetensorError as error:
+            raise ModelError(f"{name} is not a safetensors file, or a truncated one: {error}") from error
+        (header_bytes,) = struct.unpack("<Q", data[:8])
+        header = json.loads(data[8 : 8 + header_bytes])
+        try:
+            fields = json.loads(header["__metadata__"][_METADATA_KEY])
+            return cls(
+                architecture=fields["architecture"],
+                arguments=fields["arguments"],
+                classes=Classes.from_dict(fields["classes"]),
+                preprocessing=Preprocessing.from_dict(fields["preprocessing"]),
+                origin=fields["origin"],
+                tensors=tensors,
+            )
+        except KeyError as error:
+            raise ModelError(
+                f"{name} holds tensors but not what they are (no {error} in its metadata); "
+                "give the architecture: --model NAME --weights FILE --classes FILE"
+            ) from error
+        except (TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ModelError(
+                f"{name} has metadata of the wrong form ({error}); a segray checkpoint holds JSON under the key "
+                f"{_METADATA_KEY!r}"
+            ) from error
+
+
+def known_models() -> str:
+    """The names that `load` takes, for a person."""
+    return (
+        f"{', '.join(_TORCHVISION)}, or ARCHITECTURE_ENCODER with one of {', '.join(sorted(_SMP))} (e.g. unet_resnet34)"
+    )
+
+
+def build(checkpoint: Checkpoint) -> nn.Module:
+    """The module with the checkpoint's tensors in float32, in evaluation mode, on the CPU.
+
+    Raises:
+        ModelError: the architecture is not known, or the tensors do not fit it.
+    """
+    module = _bare_module(checkpoint.architecture, checkpoint.arguments, checkpoint.classes, checkpoint.preprocessing)
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    faults = {
+        "missing": sorted(expected.keys() - given.keys()),
+        "unknown": sorted(given.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} {given[name]} instead of {expected[name]}"
+            for name in sorted(expected.keys() & given.keys())
+            if given[name] != expected[name]
+        ],
+    }
+    if any(faults.values()):
+        texts = [
+            f"{len(names)} {fault}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
+            for fault, names in faults.items()
+            if names
+        ]
+        raise ModelError(
+            f"the tensors do not fit {checkpoint.architecture} {dict(checkpoint.arguments)} "
+            f"with {len(checkpoint.classes)} classes: {'; '.join(texts)}"
+        )
+    module.load_state_dict(dict(checkpoint.tensors))
+    return module.float().eval()
+
+
+def logits(
+    module: nn.Module, images: Float[Tensor, "batch channels height width"]
+) -> Float[Tensor, "batch num_classes h w"]:
+    """The module's logits, at the resolution at which it gives them."""
+    output = module(images)
+    result: Tensor = output["out"] if isinstance(output, dict) else output
+    return result
+
+
+def input_multiple(module: nn.Module) -> int:
+    """What the height and width of its input must be multiples of."""
+    if not getattr(module, "requires_divisible_input_shape", False):
+        return 1
+    encoder: Any = module.encoder
+    # DPT fuses the features of its stride with those of half as many pixels a side.
+    return int(encoder.output_stride) * (2 if isinstance(module, smp.DPT) else 1)
+
+
+def input_minimum(module: nn.Module) -> int:
+    """What the height and width of its input must at least be."""
+    if isinstance(module, smp.PAN):
+        return 128  # it halves the deepest features, of stride 16, three times more
+    encoder: Any = getattr(module, "encoder", None)
+    return int(encoder.output_stride) if encoder is not None else 1
+
+
+def notices(checkpoint: Checkpoint) -> list[str]:
+    """What a person should know of the encoder's published weights before using them."""
+    encoder = str(checkpoint.arguments.get("encoder_name", ""))
+    licence = ""
+    if encoder.startswith("mit_b"):
+        licence = "NVIDIA Source Code License: research and evaluation only"
+    elif encoder.startswith("tu-") and timm.models.is_model(encoder[3:]):
+        terms = getattr(timm.models.get_pretrained_cfg(encoder[3:], allow_unregistered=True), "license", None) or ""
+        licence = terms if "-nc" in terms.lower() else ""
+    if not licence:
+        return []
+    return [
+        f"the published weights of the encoder {encoder} bar commercial use ({licence}); "
+        "so does what was trained from them"
+    ]
+
+
+def load(model: str, weights: str | None = None, classes: str | None = None) -> Checkpoint:
+    """Reads a model's weights, once, on the driver.
+
+    Args:
+        model: the path or URI of a segray checkpoint (`.safetensors`), or a model's name.
+        weights: with a name: a state dict, `.safetensors` or `.pth` (a plain one, or under
+            the key `model` or `state_dict`). None: the published weights of the name's library.
+        classes: with `weights`: a classes file (see `Classes.read`); its JSON may also hold
+            `preprocessing`, with the fields of `Preprocessing`.
+
+    Raises:
+        ModelError: the name is not known, the weights cannot be had, or they do not fit.
+        SettingsError: `weights` and `classes` do not go with `model`.
+    """
+    if model.endswith((".safetensors", ".pth", ".pt", ".onnx")):
+        if weights or classes:
+            raise SettingsError(f"--weights and --classes go with an architecture's name, not with the file {model}")
+        if not model.endswith(".safetensors"):
+            raise ModelError(
+                f"{model} does not say what its tensors are; give the architecture: "
+                f"--model NAME --weights {model} --classes FILE"
+            )
+        checkpoint = Checkpoint.from_bytes(_read(model), model)
+    else:
+        architecture, arguments = _parse(model)
+        if weights is None:
+            if classes is not None:
+                raise SettingsError("--classes goes with --weights; published weights bring their own classes")
+            checkpoint = _published(model, architecture)
+        else:
+            if classes is None:
+                raise SettingsError(f"--weights {weights} needs --classes FILE: the names of its classes")
+            checkpoint = Checkpoint(
+                architecture=architecture,
+                arguments=arguments,
+                classes=Classes.read(classes),
+                preprocessing=_read_preprocessing(classes),
+                origin={"weights": weights},
+                tensors=_read_state_dict(weights),
+            )
+    build(checkpoint)  # on the driver, so that a misfit is one line before anything starts
+    return checkpoint
+
+
+def untrained(
+    model: str,
+    classes: Classes,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    preprocessing: Preprocessing | None = None,
+    seed: int = 0,
+) -> Checkpoint:
+    """A named architecture with random weights.
+
+    Args:
+        model: the name, as `load` takes it.
+        classes: what it is to tell apart.
+        arguments: what else its constructor is given, e.g. smp's `decoder_channels`.
+        preprocessing: what it is to be fed. None: ImageNet's mean and std.
+        seed: decides the weights.
+
+    Raises:
+        ModelError: the name is not known, or the arguments do not fit.
+    """
+    architecture, named = _parse(model)
+    merged = {**named, **(arguments or {})}
+    preprocessing = preprocessing or Preprocessing()
+    torch.manual_seed(seed)
+    module = _bare_module(architecture, merged, classes, preprocessing)
+    return Checkpoint(
+        architecture=architecture,
+        arguments=merged,
+        classes=classes,
+        preprocessing=preprocessing,
+        tensors=module.state_dict(),
+    )
+
+
+def _parse(name: str) -> tuple[str, dict[str, Any]]:
+    if name in _TORCHVISION:
+        return name, {}
+    for architecture in _SMP:
+        # Without this a vision transformer takes images of one size alone.
+        more = {"dynamic_img_size": True} if architecture == "dpt" else {}
+        if name == architecture and architecture != "dpt":
+            return architecture, {"encoder_name": "resnet34"}
+        if name.startswith(f"{architecture}_"):
+            return architecture, {"encoder_name": name.removeprefix(f"{architecture}_"), **more}
+    raise ModelError(f"there is no model {name!r}; there are {known_models()}, and files ending in .safetensors")
+
+
+def _bare_module(
+    architecture: str, arguments: Mapping[str, Any], classes: Classes, preprocessing: Preprocessing
+) -> nn.Module:
+    try:
+        if architecture in _TORCHVISION:
+            module: nn.Module = torchvision.models.get_model(
+                architecture, weights=None, weights_backbone=None, num_classes=len(classes), **arguments
+            )
+        else:
+            module = smp.create_model(
+                architecture,
+                encoder_weights=None,
+                in_channels=len(preprocessing.channels),
+                classes=len(classes),
+                **arguments,
+            )
+    except Exception as error:  # the libraries' constructors raise KeyError, RuntimeError, TypeError, …
+        raise ModelError(f"{architecture} {dict(arguments)} cannot be built: {_reason(error)}") from error
+    return module
+
+
+def _reason(error: Exception) -> str:
+    return str(error).partition("\n")[0][:300] or type(error).__name__
+
+
+def _published(model: str, architecture: str) -> Checkpoint:
+    if architecture not in _TORCHVISION:
+        raise ModelError(
+            f"{model} has no published segmentation weights; give your own: --weights FILE --classes FILE, "
+            "or --model FILE.safetensors"
+        )
+    published = torchvision.models.get_model_weights(architecture).DEFAULT
+    file = Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(published.url).name)
+    way_out = f"download {published.url} elsewhere and put it into {file.parent} (set by TORCH_HOME)"
+    was_there = file.exists()
+    try:
+        # Of a file that is there already, torch checks no hash: it must not be trusted to be unpickled.
+        tensors = published.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except Exception as error:  # of the network, the disk, the hash, the unpickler, …
+        if was_there:
+            raise ModelError(
+                f"{file} is truncated, or not the weights of {model} ({_reason(error)}); {way_out}"
+            ) from error
+        raise ModelError(
+            f"the weights {file.name} of {model} could not be had ({_reason(error)}); {way_out}"
+        ) from error
+    if not _is_state_dict(tensors):
+        raise ModelError(f"{file} is not the weights of {model} (no state dict); {way_out}")
+    transforms = published.transforms()
+    names = [name.strip("_") for name in published.meta["categories"]]
+    return Checkpoint(
+        architecture=architecture,
+        classes=Classes(tuple(names)),
+        preprocessing=Preprocessing(
+            resize=transforms.resize_size[0], mean=tuple(transforms.mean), std=tuple(transforms.std)
+        ),
+        origin={"weights": str(published), "url": published.url},
+        tensors=_inference_tensors(tensors),
+    )
+
+
+def _is_state_dict(loaded: Any) -> bool:
+    return isinstance(loaded, dict) and all(isinstance(value, Tensor) for value in loaded.values())
+
+
+def _inference_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the auxiliary head, which only training needs, and without DDP's prefix."""
+    return {
+        name.removeprefix("module."): tensor
+        for name, tensor in tensors.items()
+        if not name.removeprefix("module.").startswith("aux_classifier.")
+    }
+
+
+def _read(uri: str) -> bytes:
+    try:
+        with fsspec.open(uri, "rb") as file:
+            data: bytes = file.read()
+            return data
+    except Exception as error:  # whatever the store's client raises
+        raise ModelError(f"{uri} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _read_preprocessing(classes: str) -> Preprocessing:
+    text = _read(classes).lstrip()
+    fields = json.loads(text).get("preprocessing", {}) if text.startswith(b"{") else {}
+    if not isinstance(fields, dict):
+        raise SettingsError(f'{classes}: preprocessing is {fields!r}; expected an object, e.g. {{"resize": 520}}')
+    return Preprocessing.from_dict(fields)
+
+
+def _read_state_dict(uri: str) -> dict[str, Tensor]:
+    data = _read(uri)
+    if uri.endswith(".safetensors"):
+        try:
+            return _inference_tensors(safetensors.torch.load(data))
+        except SafetensorError as error:
+            raise ModelError(f"{uri} is not a safetensors file, or a truncated one: {error}") from error
+    try:
+        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the unpickler stumbles over
+        raise ModelError(
+            f"{uri} is not a file of tensors alone, or a truncated one ({_reason(error)}); save a model's state_dict()"
+        ) from error
+    for key in ("model", "state_dict"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not _is_state_dict(loaded):
+        raise ModelError(f"{uri} does not hold a state dict (names to tensors); save a model's state_dict()")
+    return _inference_tensors(loaded)

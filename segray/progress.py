@@ -1,0 +1,241 @@
+"""What a person sees of a run: counts while it goes on, tables when it ends."""
+
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from segray.classes import Classes
+
+if TYPE_CHECKING:
+    from segray.sink import Receipt
+
+__all__ = ["Fetched", "Ledger", "Snapshot", "Totals", "print_table", "watch"]
+
+_LINE_SECONDS = 10
+_LOOK_SECONDS = 0.5
+_MAX_SAMPLES = 400
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetched:
+    """What was met in one block of the index, read to its end."""
+
+    num_seen: int
+    """Images in it."""
+    num_present: int
+    """Those that the sink already held."""
+    is_shard: bool
+    """Whether it is a shard, of which nobody knew beforehand how many images it holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """Where a run stands."""
+
+    num_done: int
+    """Images predicted or rejected, committed or not."""
+    num_rejected: int
+    """Rejects among them."""
+    num_seen: int
+    """Images met in the blocks that are read."""
+    num_present: int
+    """Those of them that the sink already held."""
+    num_in_shards: int
+    """Images met in shards."""
+    num_shards_read: int
+    """Shards that are read to their end."""
+    first_done: float | None
+    """When the first image was done, seconds since the epoch."""
+    last_done: float | None
+    """When the last one was."""
+    num_done_first: int
+    """Images that were done at `first_done`."""
+
+
+class Ledger:
+    """An actor that tasks and the driver share. Whatever a retried task tells twice counts once.
+
+    `encoded` alone may count twice; it feeds the progress bar and nothing else.
+    """
+
+    def __init__(self) -> None:
+        """Starts empty."""
+        self._fetched: dict[str, Fetched] = {}
+        self._receipts: dict[str, Receipt] = {}
+        self._num_done = 0
+        self._num_rejected = 0
+        self._num_done_first = 0
+        self._first: float | None = None
+        self._last: float | None = None
+
+    def fetched(self, key: str, state: Fetched) -> None:
+        """A block of the index, named by its first URI, has been read."""
+        self._fetched[key] = state
+
+    def encoded(self, num_done: int, num_rejected: int) -> None:
+        """So many more images went through."""
+        self._num_done += num_done
+        self._num_rejected += num_rejected
+        self._last = time.time()
+        if self._first is None:
+            self._first, self._num_done_first = self._last, num_done
+
+    def commit(self, receipt: "Receipt") -> None:
+        """A part is in the sink."""
+        self._receipts[receipt.key] = receipt
+
+    def receipts(self) -> "list[Receipt]":
+        """All that is committed."""
+        return list(self._receipts.values())
+
+    def snapshot(self) -> Snapshot:
+        """Where the run stands."""
+        shards = [state for state in self._fetched.values() if state.is_shard]
+        return Snapshot(
+            num_done=self._num_done,
+            num_rejected=self._num_rejected,
+            num_seen=sum(state.num_seen for state in self._fetched.values()),
+            num_present=sum(state.num_present for state in self._fetched.values()),
+            num_in_shards=sum(state.num_seen for state in shards),
+            num_shards_read=len(shards),
+            first_done=self._first,
+            last_done=self._last,
+            num_done_first=self._num_done_first,
+        )
+
+
+@dataclass(slots=True)
+class Totals:
+    """What a run committed, added up over its receipts."""
+
+    num_labelled: int
+    """Images."""
+    rejects: Counter[tuple[str, str]]
+    """Images, by stage and kind."""
+    classes: list[dict[str, Any]] = field(default_factory=list)
+    """For each class its pixels, their share, the images it occurs in, the mean confidence."""
+
+    @classmethod
+    def of(cls, receipts: "list[Receipt]", classes: Classes) -> "Totals":
+        """Adds receipts up."""
+        zeros = np.zeros(len(classes))
+        num_pixels = sum((r.num_pixels for r in receipts), zeros.astype(np.int64))
+        num_images = sum((r.num_images for r in receipts), zeros.astype(np.int64))
+        confidence_sum = sum((r.confidence_sum for r in receipts), zeros)
+        total = int(num_pixels.sum())
+        return cls(
+            num_labelled=sum(r.num_labelled for r in receipts),
+            rejects=sum((r.rejects for r in receipts), Counter()),
+            classes=[
+                {
+                    "class_id": class_id,
+                    "class_name": name,
+                    "num_pixels": int(num_pixels[class_id]),
+                    "fraction": int(num_pixels[class_id]) / total if total else 0.0,
+                    "num_images": int(num_images[class_id]),
+                    "mean_confidence": float(confidence_sum[class_id] / num_pixels[class_id])
+                    if num_pixels[class_id]
+                    else None,
+                }
+                for class_id, name in enumerate(classes.names)
+            ],
+        )
+
+
+@contextmanager
+def watch(
+    snapshot: Callable[[], Snapshot], num_loose: int, num_shards: int, started: float, samples: list[tuple[float, int]]
+) -> Iterator[None]:
+    """Shows how a run goes: a live bar on a terminal, elsewhere a line every 10 seconds.
+
+    Args:
+        snapshot: asks the ledger.
+        num_loose: loose images to do.
+        num_shards: shards to read.
+        started: when the run did, seconds since the epoch.
+        samples: is given (seconds since then, images done), some hundred in all.
+    """
+    stop = threading.Event()
+    console = Console(stderr=True)
+    columns = [
+        TextColumn("labelling"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+    ]
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task("", total=None, text="starting")
+
+    def show() -> None:
+        next_line, next_sample, sample_seconds = time.time() + _LINE_SECONDS, 0.0, _LOOK_SECONDS
+        while not stop.wait(_LOOK_SECONDS):
+            try:
+                state, now = snapshot(), time.time()
+            except Exception:  # the ledger is gone, and the run ends with a better word on it
+                return
+            total = _expected(state, num_loose, num_shards)
+            text = _describe(state, total)
+            bar.update(task, completed=state.num_done, total=total, text=text)
+            if not console.is_terminal and now >= next_line:
+                print(f"{state.num_done} of {total or '?'} images, {text}", file=sys.stderr, flush=True)
+                next_line += _LINE_SECONDS
+            if now >= next_sample:
+                samples.append((round(now - started, 1), state.num_done))
+                next_sample = now + sample_seconds
+            if len(samples) > _MAX_SAMPLES:
+                del samples[1::2]
+                sample_seconds *= 2
+
+    thread = threading.Thread(target=show, daemon=True)
+    with bar:
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join(timeout=4 * _LOOK_SECONDS)
+
+
+def _expected(state: Snapshot, num_loose: int, num_shards: int) -> int | None:
+    """Images to do in all; shards not yet read to their end count as the mean of those that are."""
+    if not num_shards:
+        return num_loose
+    if not state.num_shards_read:
+        return None
+    unread = num_shards - state.num_shards_read
+    in_shards = state.num_in_shards + unread * state.num_in_shards // state.num_shards_read
+    return max(num_loose + in_shards - state.num_present, state.num_done)
+
+
+def _describe(state: Snapshot, total: int | None) -> str:
+    if state.first_done is None or state.last_done is None:
+        return "starting"
+    rejects = f"{state.num_rejected} rejects"
+    if state.last_done <= state.first_done:
+        return rejects
+    rate = (state.num_done - state.num_done_first) / (state.last_done - state.first_done)
+    left = f", {timedelta(seconds=round((total - state.num_done) / rate))} left" if total and rate else ""
+    return f"{rate:.1f} images/s{left}, {rejects}"
+
+
+def print_table(columns: list[str], rows: list[list[str]]) -> None:
+    """Prints a table on standard output; all columns but the first are aligned right."""
+    table = Table()
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    Console(width=console.width if console.is_terminal else 120).print(table)

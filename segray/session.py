@@ -1,0 +1,68 @@
+"""A Ray cluster to run on, with Ray's own voice turned down."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from segray.errors import Refused
+
+__all__ = ["root_cause", "session"]
+
+
+@contextmanager
+def session() -> Iterator[ModuleType]:
+    """Ray, connected: to a cluster that is there already, the one that RAY_ADDRESS names, or one in this process.
+
+    Yields:
+        The module `ray`. What was started here is stopped again.
+
+    Raises:
+        Refused: the cluster cannot be reached.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # native code would write on the terminal
+    import ray
+    import ray.data
+
+    ours = not ray.is_initialized()
+    if ours:
+        local: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+        try:
+            with _muted_stderr():
+                ray.init(logging_level=logging.ERROR, log_to_driver=False, **local)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = os.environ.get("RAY_ADDRESS")
+            place = f"the Ray cluster at {where} (RAY_ADDRESS) cannot be reached" if where else "Ray cannot start here"
+            raise Refused(f"{place}: {str(error).partition(chr(10))[0]}") from error
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for name in ("ray.data", "ray.train"):  # what fails is told by the job, in one line
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield ray
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def root_cause(error: BaseException) -> str:
+    """The first line of what lies under Ray's wrappings of a worker's exception."""
+    while cause := getattr(error, "cause", None) or error.__cause__:
+        error = cause
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:500]
+
+
+@contextmanager
+def _muted_stderr() -> Iterator[None]:
+    """Drops what native code writes to the process's standard error."""
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)

@@ -1,0 +1,86 @@
+"""Window and Tiling: how an image that is too large for the model is cut."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from segray.errors import SettingsError
+
+__all__ = ["Tiling", "Window", "windows"]
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A rectangle of pixels, in raster order: columns first."""
+
+    col_off: int
+    """Columns left of it."""
+    row_off: int
+    """Rows above it."""
+    width: int
+    """Columns in it."""
+    height: int
+    """Rows in it."""
+
+    @property
+    def rows(self) -> slice:
+        """Its rows, to index an array with."""
+        return slice(self.row_off, self.row_off + self.height)
+
+    @property
+    def cols(self) -> slice:
+        """Its columns, to index an array with."""
+        return slice(self.col_off, self.col_off + self.width)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiling:
+    """How images larger than the model should see at once are cut and blended.
+
+    Raises:
+        SettingsError: a value is out of its bounds.
+    """
+
+    size: int = 1024
+    """Side of a tile in pixels, as the model sees them; larger images are cut into tiles."""
+
+    overlap: int = 128
+    """Pixels that neighbouring tiles share."""
+
+    blend: Literal["cosine", "flat"] = "cosine"
+    """How overlaps are weighted: falling towards a tile's edge, or all alike."""
+
+    def __post_init__(self) -> None:
+        if self.size < 32:
+            raise SettingsError(f"tiling.size {self.size}: must be at least 32 pixels")
+        if not 0 <= self.overlap <= self.size // 2:
+            raise SettingsError(
+                f"tiling.overlap {self.overlap}: must lie in [0, {self.size // 2}], half of tiling.size {self.size}"
+            )
+        if self.blend not in ("cosine", "flat"):
+            raise SettingsError(f"tiling.blend {self.blend!r}: must be 'cosine' or 'flat'")
+
+    @property
+    def stride(self) -> int:
+        """Pixels from one tile to the next."""
+        return self.size - self.overlap
+
+
+def _offsets(length: int, tiling: Tiling) -> list[int]:
+    if length <= tiling.size:
+        return [0]
+    last = length - tiling.size
+    return [*range(0, last, tiling.stride), last]
+
+
+def windows(height: int, width: int, tiling: Tiling) -> list[Window]:
+    """The tiles of an image, row by row.
+
+    Each is `tiling.size` square, or as long as the image where that is shorter. The last
+    one of a row or column is moved back to end with the image, so that all have one size.
+    """
+    tile_height, tile_width = min(height, tiling.size), min(width, tiling.size)
+    return [
+        Window(col_off, row_off, tile_width, tile_height)
+        for row_off in _offsets(height, tiling)
+        for col_off in _offsets(width, tiling)
+    ]

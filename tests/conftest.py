@@ -1,0 +1,138 @@
+"""What the tests share: shape checks, real data, a Ray cluster, an S3 server, models with random weights."""
+
+import dataclasses
+import logging
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+
+import jaxtyping
+
+# Every array that crosses a function of these modules is checked against its annotation.
+_CHECKED = ["decode", "demo", "labelmap", "predict", "statistics", "stitch", "tile"]
+jaxtyping.install_import_hook([f"segray.{module}" for module in _CHECKED], "beartype.beartype")
+
+import pytest
+import torch
+
+from segray import model
+from segray.classes import Classes
+from segray.model import Checkpoint, Preprocessing
+
+_DATA = Path(os.environ.get("SEGRAY_TEST_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
+
+
+@pytest.fixture(scope="session")
+def camvid() -> Path:
+    """CamVid: `val` and `train` with 480×360 frames, `valannot` and `trainannot` with their targets."""
+    folder = _DATA / "camvid"
+    if not folder.is_dir():
+        pytest.skip(f"no CamVid at {folder}; SEGRAY_TEST_DATA names the folder that holds it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A real Ray cluster in this process, with more logical CPUs than the machine may have."""
+    import ray
+
+    ray.init(
+        num_cpus=4,
+        num_gpus=0,
+        include_dashboard=False,
+        object_store_memory=1 << 30,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+@dataclass(frozen=True)
+class S3:
+    """A running S3 server; the environment points s3fs, pyarrow and DuckDB at it."""
+
+    endpoint: str
+    bucket: str
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """A real S3 server with an empty bucket."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("s3")
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "segray",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+    }
+    command = [
+        *("weed", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={port}"),
+        *("-admin.ui=false", "-webdav=false", "-bucket=segray"),
+    ]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        import s3fs
+
+        for _ in range(100):
+            try:
+                if s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False).exists("segray"):
+                    break
+            except OSError:
+                pass
+            assert server.poll() is None, (folder / "log").read_text()
+            time.sleep(0.2)
+        else:
+            pytest.fail(f"the S3 server did not start: {(folder / 'log').read_text()}")
+        yield S3(os.environ["AWS_ENDPOINT_URL"], "segray")
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+CAMVID_CLASSES = Classes(
+    ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"),
+    ignore_index=11,
+)
+
+
+def random_checkpoint(
+    name: str,
+    classes: Classes = CAMVID_CLASSES,
+    preprocessing: Preprocessing | None = None,
+    seed: int = 0,
+) -> Checkpoint:
+    """A checkpoint of a named architecture with random weights, whose batch norms keep signals apart."""
+    checkpoint = model.untrained(name, classes, preprocessing=preprocessing, seed=seed)
+    module = model.build(checkpoint)
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(layer.weight, 0.5, 1.5)
+            torch.nn.init.normal_(layer.bias, std=0.3)
+    return dataclasses.replace(checkpoint, tensors=module.state_dict())
+
+
+@pytest.fixture(scope="session")
+def checkpoint_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Writes a checkpoint with random weights, once for each name."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    def write(name: str) -> Path:
+        path = folder / f"{name}.safetensors"
+        if not path.exists():
+            path.write_bytes(random_checkpoint(name).to_bytes())
+        return path
+
+    return write

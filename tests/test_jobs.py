@@ -1,0 +1,190 @@
+"""The jobs as a person runs them: in processes of their own, from the command line."""
+
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.dataset as pads
+import pytest
+from PIL import Image
+
+from segray.cli import JOBS, main
+from segray.demo import Draw, draw
+
+ROOT = Path(__file__).parents[1]
+NUM_PHOTOS = 2000
+
+OPTIONS = {
+    "label": [
+        *("source", "sink", "model", "weights", "classes", "column", "max_pixels", "max_rejects"),
+        *("tiling.size", "tiling.overlap", "tiling.blend", "device", "dtype", "batch_size", "actors", "threads"),
+    ],
+    "report": ["sink", "html", "recipe", "run", "num_images", "seed", "image_id", "export"],
+    "evaluate": ["sink", "targets", "recipe", "ignore_index", "json"],
+    "train": [
+        *("source", "sink", "val", "classes", "model", "arguments", "num_epochs", "batch_size", "crop"),
+        *("learning_rate", "warm_up", "weight_decay", "shuffle_images", "seed", "num_threads"),
+    ],
+}
+
+
+def settings_of(job: str) -> type:
+    settings: type = getattr(importlib.import_module(f"segray.{job}"), job.capitalize())
+    return settings
+
+
+def run(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == status, f"{arguments} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    draw(Draw(sink=str(folder), num_scenes=12, first_seed=2_000_000))
+    return folder
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_the_options_of_a_job_are_these_and_no_others(job: str) -> None:
+    names = []
+    for field in dataclasses.fields(settings_of(job)):
+        nested = dataclasses.fields(field.type) if dataclasses.is_dataclass(field.type) else ()
+        names += [f"{field.name}.{inner.name}" for inner in nested] or [field.name]
+    assert names == OPTIONS[job]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_tells_every_option_and_imports_neither_torch_nor_ray(job: str) -> None:
+    program = (
+        "import sys, segray.cli\n"
+        f"sys.argv = ['segray', '{job}', '--help']\n"
+        "try:\n    segray.cli.main()\n"
+        "finally:\n    assert not {'torch', 'ray'} & set(sys.modules)\n"
+    )
+    text = run("-c", program).stdout
+    for option in OPTIONS[job]:
+        assert option.startswith(("source", "sink", "targets")) or f"--{option.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_each_job_is_a_file_that_shows_how_it_is_submitted(job: str) -> None:
+    text = (ROOT / f"jobs/{job}.py").read_text()
+    assert f"python jobs/{job}.py" in text
+    assert "ray job submit --working-dir . -- " in text
+    assert run(f"jobs/{job}.py", "--help").stdout.startswith(f"usage: jobs/{job}.py")
+
+
+def test_the_readme_names_no_job_and_no_option_that_is_not_there() -> None:
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"(?:python jobs/(\w+)\.py|segray (label|report|evaluate|train))\b([^\n`]*)", text)
+    assert {script or job for script, job, _ in commands} == set(JOBS)
+    for script, job, arguments in commands:
+        for option in re.findall(r"--([a-z][a-z-.]*)", arguments):
+            assert option.replace("-", "_") in OPTIONS[script or job], f"{script or job} has no --{option}"
+    every_option = {option for options in OPTIONS.values() for option in options}
+    for option in re.findall(r"`--([a-z][a-z-.]*)", text):
+        assert option.replace("-", "_") in every_option | {"help"}, f"no job has --{option}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "OUT", "--model", "unet_resnet34"], "nowhere: there is no such file, folder or prefix"),
+        (["SCENES", "OUT", "--model", "unet_resnet34"], "unet_resnet34 has no published segmentation weights"),
+        (["SCENES", "OUT", "--model", "no_such_model"], "there is no model 'no_such_model'; there are"),
+        (["SCENES", "OUT", "--model", "m.safetensors"], "m.safetensors cannot be read"),
+        (["SCENES", "SCENES/out", "--model", "unet_resnet34"], "lies in SOURCE"),
+    ],
+)
+def test_what_cannot_start_is_refused_in_one_line_with_status_2(
+    arguments: list[str],
+    message: str,
+    scenes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"SCENES": str(scenes), "OUT": str(tmp_path / "out")}
+    given = [re.sub("SCENES|OUT", lambda match: places[match[0]], argument) for argument in arguments]
+    monkeypatch.setattr("sys.argv", ["segray", "label", *given])
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    signal.signal(signal.SIGTERM, before)
+    assert exit_.value.code == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("segray: ")
+    assert message in stderr
+    assert stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_in_small_labels_evaluates_and_reports(scenes: Path, tmp_path: Path) -> None:
+    labels = str(tmp_path / "labels")
+    label = ["jobs/label.py", str(scenes / "images"), labels, "--model", "segray/demo.safetensors"]
+    first = run(*label)
+    assert "12" in first.stdout
+    assert "look at it: python jobs/report.py" in first.stdout
+    assert "Traceback" not in first.stderr
+    assert "core_worker" not in first.stderr, "Ray's own noise"
+    run("jobs/evaluate.py", labels, str(scenes / "targets"), "--json", str(tmp_path / "evaluation.json"))
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    assert evaluation["num_images"] == 12
+    assert evaluation["miou"] > 0.85
+    run("jobs/report.py", labels)
+    assert "<html" in (tmp_path / "labels/report.html").read_text()
+    assert "already there │ 12" in run(str(Path(sys.executable).with_name("segray")), "label", *label[1:]).stdout
+
+
+def test_ctrl_c_keeps_what_is_committed_and_the_same_command_goes_on(scenes: Path, tmp_path: Path) -> None:
+    photos, labels = tmp_path / "photos", tmp_path / "labels"
+    photos.mkdir()
+    [image, *_] = (scenes / "images").iterdir()
+    with Image.open(image) as scene:
+        scene.resize((96, 72)).save(tmp_path / "small.jpg")
+    for index in range(NUM_PHOTOS):
+        os.link(tmp_path / "small.jpg", photos / f"{index}.jpg")
+    command = [sys.executable, "jobs/label.py", str(photos), str(labels), "--model", "segray/demo.safetensors"]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Where the tests run in the background of a script, SIGINT is ignored, and that is inherited.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 600
+    while not list(labels.glob("label_maps/*/*.parquet")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the job and to all that it started
+    stdout, stderr = process.communicate(timeout=240)
+    assert process.returncode == 130, stderr
+    assert "run the same command again" in stdout
+    assert "Traceback" not in stderr
+    [record] = (json.loads(path.read_text()) for path in (labels / "runs").iterdir())
+    committed = pads.dataset(labels / "label_maps", format="parquet").count_rows()
+    assert record["status"] == "interrupted"
+    assert 0 < record["counts"]["labelled"] <= committed < NUM_PHOTOS
+
+    run(*command[1:])
+    counts = max((json.loads(path.read_text()) for path in (labels / "runs").iterdir()), key=lambda r: r["finished"])[
+        "counts"
+    ]
+    assert counts["present"] == committed
+    assert counts["labelled"] == NUM_PHOTOS - committed
+    image_ids = pads.dataset(labels / "label_maps", format="parquet").to_table(["image_id"])["image_id"]
+    assert len(image_ids) == len(image_ids.unique()) == NUM_PHOTOS

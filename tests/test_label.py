@@ -1,0 +1,397 @@
+"""The job end to end, on a real Ray cluster, from and to a real S3 server."""
+
+import io
+import json
+import re
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import fsspec
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from segray.errors import RunError, SettingsError, SourceError
+from segray.label import Label, label, place
+from segray.model import Preprocessing
+from segray.tile import Tiling
+from tests.awful import awful_files
+from tests.conftest import S3, random_checkpoint
+
+NUM_FRAMES = 101
+
+
+def jpeg(seed: int, height: int = 48, width: int = 64) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((width, height)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def read_store(sink: str, kind: str) -> pa.Table:
+    """What any reader sees: pyarrow alone, with hive partitions."""
+    fs, path = fsspec.core.url_to_fs(sink, use_listings_cache=False)
+    return pads.dataset(f"{path}/{kind}", filesystem=fs, format="parquet", partitioning="hive").to_table()
+
+
+def newest_run(sink: str) -> dict[str, Any]:
+    fs, path = fsspec.core.url_to_fs(sink, use_listings_cache=False)
+    runs = [json.loads(fs.cat_file(run)) for run in fs.ls(f"{path}/runs", detail=False)]
+    newest: dict[str, Any] = max(runs, key=lambda run: run["finished"])
+    return newest
+
+
+def name_of(uri: str) -> str:
+    return re.split("[/#]", uri)[-1]
+
+
+@pytest.fixture(scope="session")
+def frames_on_s3(camvid: Path, s3: S3) -> dict[str, str]:
+    """CamVid's validation frames as loose objects, as tar shards and as Parquet shards."""
+    frames = sorted((camvid / "val").glob("*.png"))
+    root = f"s3://{s3.bucket}/camvid"
+    fs, _ = fsspec.core.url_to_fs(root, use_listings_cache=False)
+    fs.pipe({f"{root}/loose/{index % 3}/{frame.name}": frame.read_bytes() for index, frame in enumerate(frames)})
+    for shard in range(3):
+        some = frames[shard::3]
+        with fs.open(f"{root}/tar/shard-{shard:06d}.tar", "wb") as file, tarfile.open(fileobj=file, mode="w|") as tar:
+            for frame in some:
+                tar.add(frame, frame.name)
+                note = tarfile.TarInfo(f"{frame.stem}.json")
+                tar.addfile(note, io.BytesIO())
+        table = pa.table({"name": [f.name for f in some], "image": [f.read_bytes() for f in some]})
+        with fs.open(f"{root}/parquet/shard-{shard:06d}.parquet", "wb") as file:
+            pq.write_table(table, file, row_group_size=10)
+    return {form: f"{root}/{form}" for form in ("loose", "tar", "parquet")}
+
+
+def label_frames(frames: dict[str, str], name: str, resize: int | None, folder: Path, sink_root: str) -> None:
+    checkpoint = folder / f"{name}.safetensors"
+    checkpoint.write_bytes(random_checkpoint(name, preprocessing=Preprocessing(resize=resize)).to_bytes())
+    label_maps: dict[str, dict[str, bytes]] = {}
+    for form, source in frames.items():
+        sink = f"{sink_root}/{name}-{resize}-{form}"
+        label(Label(source=source, sink=sink, model=str(checkpoint)))
+        rows = read_store(sink, "label_maps").to_pylist()
+        label_maps[form] = {name_of(row["uri"]): row["label_map"] for row in rows}
+        assert len(rows) == len(label_maps[form]) == NUM_FRAMES
+        for row in rows:
+            with Image.open(io.BytesIO(row["label_map"])) as image:
+                assert image.size == (480, 360)
+                assert (image.mode, row["height"], row["width"]) == ("P", 360, 480)
+
+        statistics = read_store(sink, "statistics")
+        per_image = statistics.group_by("image_id").aggregate([("num_pixels", "sum"), ("fraction", "sum")])
+        assert per_image.num_rows == NUM_FRAMES
+        assert pc.unique(per_image["num_pixels_sum"]).to_pylist() == [360 * 480]
+        assert np.allclose(per_image["fraction_sum"], 1)
+
+        counts = newest_run(sink)["counts"]
+        assert counts == {"seen": NUM_FRAMES, "labelled": NUM_FRAMES, "rejected": 0, "present": 0, "other_files": 0}
+        read_by_duckdb(sink, statistics)
+    assert label_maps["loose"] == label_maps["tar"] == label_maps["parquet"]
+    assert len(set(label_maps["loose"].values())) > NUM_FRAMES // 2, "the model says the same of all frames"
+
+
+def read_by_duckdb(sink: str, statistics: pa.Table) -> None:
+    """DuckDB reads the parts from disk as they stand (its own S3 client would have to be downloaded)."""
+    fs, path = fsspec.core.url_to_fs(sink, use_listings_cache=False)
+    with duckdb.connect() as db:
+        db.register_filesystem(fs)
+        for kind in ("label_maps", "statistics"):
+            db.execute(f"create view {kind} as select * from read_parquet('s3://{path}/{kind}/*/*.parquet')")
+        [(num_images, num_recipes)] = db.sql(
+            "select count(distinct image_id), count(distinct recipe) from label_maps"
+        ).fetchall()
+        assert (num_images, num_recipes) == (NUM_FRAMES, 1)
+        by_class = db.sql("select class_name, sum(num_pixels) from statistics group by all").fetchall()
+    expected = statistics.group_by("class_name").aggregate([("num_pixels", "sum")]).to_pylist()
+    assert {name: int(total) for name, total in by_class} == {r["class_name"]: r["num_pixels_sum"] for r in expected}
+
+
+MODELS = ["unet_resnet18", "pspnet_resnet18", "deeplabv3_mobilenet_v3_large", "fcn_resnet50"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_loose_tar_and_parquet_on_s3_give_the_same_label_maps(
+    name: str, frames_on_s3: dict[str, str], tmp_path: Path, s3: S3, ray_cluster: None
+) -> None:
+    label_frames(frames_on_s3, name, 96, tmp_path, f"s3://{s3.bucket}/labels")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("name", MODELS)
+def test_loose_tar_and_parquet_on_s3_give_the_same_label_maps_at_full_size(
+    name: str, frames_on_s3: dict[str, str], tmp_path: Path, s3: S3, ray_cluster: None
+) -> None:
+    label_frames(frames_on_s3, name, None, tmp_path, f"s3://{s3.bucket}/labels")
+
+
+class Forbidding(BaseHTTPRequestHandler):
+    """Serves one JPEG under every name but two."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _answer(self, with_body: bool) -> None:
+        status = {"/forbidden.jpg": 403, "/missing.jpg": 404}.get(self.path, 200)
+        body = jpeg(0) if status == 200 else b""
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Forbidding)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def small_model(checkpoint_file: Callable[[str], Path]) -> str:
+    return str(checkpoint_file("lraspp_mobilenet_v3_large"))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Ten good photographs of three sizes."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index in range(10):
+        (folder / f"{index}.jpg").write_bytes(jpeg(index, height=48 + 16 * (index % 3)))
+    return folder
+
+
+def test_every_awful_file_is_a_reject_with_its_reason_and_every_good_one_is_labelled(
+    photos: Path, tmp_path: Path, small_model: str, ray_cluster: None
+) -> None:
+    awful = awful_files()
+    assert len(awful) >= 15
+    for name, (data, _) in awful.items():
+        (photos / name).write_bytes(data)
+    (photos / "notes.md").write_text("not an image, and not taken for one")
+    sink = tmp_path / "labels"
+    with pytest.raises(RunError, match=rf"{len(awful)} of {len(awful) + 10} images were rejected, more than"):
+        label(Label(source=str(photos), sink=str(sink), model=small_model))
+
+    rejects = read_store(str(sink), "rejects").to_pylist()
+    assert {name_of(r["uri"]): (r["stage"], r["reason"].partition(":")[0]) for r in rejects} == {
+        name: ("decode", kind) for name, (_, kind) in awful.items()
+    }
+    labelled = read_store(str(sink), "label_maps").to_pylist()
+    assert {name_of(row["uri"]) for row in labelled} == {f"{index}.jpg" for index in range(10)}
+    assert {(row["height"], row["width"]) for row in labelled} == {(48, 64), (64, 64), (80, 64)}
+    run = newest_run(str(sink))
+    assert run["status"] == "finished"
+    assert run["counts"] == {
+        "seen": len(awful) + 10,
+        "labelled": 10,
+        "rejected": len(awful),
+        "present": 0,
+        "other_files": 1,
+    }
+    assert sum(reject["num_images"] for reject in run["rejects"]) == len(awful)
+
+
+def test_missing_and_forbidden_images_of_a_manifest_are_rejects(
+    web: str, tmp_path: Path, small_model: str, ray_cluster: None
+) -> None:
+    manifest = tmp_path / "manifest.txt"
+    names = ["good.jpg", "forbidden.jpg", "missing.jpg", "also-good.jpg"]
+    manifest.write_text("".join(f"{web}/{name}\n" for name in names))
+    sink = str(tmp_path / "labels")
+    label(Label(source=str(manifest), sink=sink, model=small_model, max_rejects=0.5))
+    rejects = read_store(sink, "rejects").to_pylist()
+    assert {name_of(r["uri"]): (r["stage"], r["reason"].partition(":")[0]) for r in rejects} == {
+        "forbidden.jpg": ("fetch", "forbidden"),
+        "missing.jpg": ("fetch", "missing"),
+    }
+    assert newest_run(sink)["counts"]["labelled"] == 2
+
+
+def test_a_second_run_labels_only_what_is_new_or_changed(
+    photos: Path, tmp_path: Path, small_model: str, ray_cluster: None
+) -> None:
+    sink = str(tmp_path / "labels")
+    job = Label(source=str(photos), sink=sink, model=small_model)
+    label(job)
+    before = read_store(sink, "label_maps")
+    label(job)
+    assert newest_run(sink)["counts"] == {"seen": 10, "labelled": 0, "rejected": 0, "present": 10, "other_files": 0}
+    assert read_store(sink, "label_maps").equals(before)
+
+    (photos / "new.jpg").write_bytes(jpeg(100))
+    (photos / "0.jpg").write_bytes(jpeg(101, width=96))
+    label(job)
+    assert newest_run(sink)["counts"] == {"seen": 11, "labelled": 2, "rejected": 0, "present": 9, "other_files": 0}
+    image_ids = read_store(sink, "label_maps")["image_id"].to_pylist()
+    assert len(image_ids) == len(set(image_ids)) == 12
+
+
+def test_members_of_a_shard_that_are_done_are_skipped_and_the_counts_add_up(
+    tmp_path: Path, small_model: str, ray_cluster: None
+) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    good, bad = [jpeg(index) for index in range(5)], b"broken"
+    pq.write_table(pa.table({"image": [*good, bad]}), shards / "a.parquet")
+    sink = str(tmp_path / "labels")
+    job = Label(source=str(shards), sink=sink, model=small_model, max_rejects=1)
+    label(job)
+    assert newest_run(sink)["counts"] == {"seen": 6, "labelled": 5, "rejected": 1, "present": 0, "other_files": 0}
+    pq.write_table(pa.table({"image": good[:2]}), shards / "b.parquet")
+    label(job)
+    assert newest_run(sink)["counts"] == {"seen": 8, "labelled": 2, "rejected": 0, "present": 6, "other_files": 0}
+    label(job)
+    assert newest_run(sink)["counts"] == {"seen": 8, "labelled": 0, "rejected": 0, "present": 8, "other_files": 0}
+
+
+def test_another_tiling_is_another_recipe_beside_the_first(
+    photos: Path, tmp_path: Path, small_model: str, ray_cluster: None
+) -> None:
+    sink = str(tmp_path / "labels")
+    label(Label(source=str(photos), sink=sink, model=small_model))
+    label(Label(source=str(photos), sink=sink, model=small_model, tiling=Tiling(size=32, overlap=8)))
+    per_recipe = read_store(sink, "label_maps").group_by("recipe").aggregate([("image_id", "count_distinct")])
+    assert per_recipe["image_id_count_distinct"].to_pylist() == [10, 10]
+    assert {path.stem for path in (tmp_path / "labels/recipes").iterdir()} == set(per_recipe["recipe"].to_pylist())
+
+
+def test_a_killed_actor_starts_again_with_its_weights_and_no_image_is_lost(
+    tmp_path: Path, small_model: str, ray_cluster: None
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index in range(300):
+        (folder / f"{index}.jpg").write_bytes(jpeg(index, 96, 128))
+    killed: list[int] = []
+    done = threading.Event()
+
+    def kill_first_predictor() -> None:
+        while not done.wait(0.2):
+            for process in psutil.process_iter(["cmdline"]):
+                if (process.info["cmdline"] or [""])[0].startswith("ray::MapWorker(MapBatches(Predictor)).submit"):
+                    process.kill()
+                    killed.append(process.pid)
+                    return
+
+    killer = threading.Thread(target=kill_first_predictor)
+    killer.start()
+    try:
+        label(Label(source=str(folder), sink=str(tmp_path / "labels"), model=small_model, actors=1))
+    finally:
+        done.set()
+        killer.join()
+    assert killed
+    counts = newest_run(str(tmp_path / "labels"))["counts"]
+    assert counts == {"seen": 300, "labelled": 300, "rejected": 0, "present": 0, "other_files": 0}
+    image_ids = read_store(str(tmp_path / "labels"), "label_maps")["image_id"].to_pylist()
+    assert len(image_ids) == len(set(image_ids)) == 300
+
+
+def test_statistics_whose_label_maps_never_came_are_removed(
+    photos: Path, tmp_path: Path, small_model: str, ray_cluster: None
+) -> None:
+    sink = tmp_path / "labels"
+    job = Label(source=str(photos), sink=str(sink), model=small_model)
+    label(job)
+    [part] = (sink / "label_maps").glob("*/*.parquet")
+    [twin] = (sink / "statistics").glob("*/*.parquet")
+    orphan = twin.with_name("part-00000000000000000000000000000000.parquet")
+    orphan.write_bytes(twin.read_bytes())
+    note = twin.with_name("note.txt")
+    note.write_text("not of this store")
+    label(job)
+    assert (part.exists(), twin.exists(), orphan.exists(), note.exists()) == (True, True, False, True)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "job", "expected"),
+    [
+        ([{"CPU": 1}], {}, (1, 1, 0.5)),
+        ([{"CPU": 2}], {}, (1, 2, 1)),
+        ([{"CPU": 16}], {}, (4, 4, 3)),
+        ([{"CPU": 0}, {"CPU": 8}, {"CPU": 6}], {}, (3, 4, 3)),
+        ([{"CPU": 16}], {"actors": 2, "threads": 8}, (2, 8, 7)),
+        ([{"CPU": 16, "GPU": 4}, {"CPU": 8}], {}, (4, 1, 1)),
+        ([{"CPU": 16, "GPU": 4}], {"device": "cpu"}, (4, 4, 3)),
+    ],
+)
+def test_models_leave_room_for_the_other_stages(
+    nodes: list[dict[str, float]], job: dict[str, Any], expected: tuple[int, int, float]
+) -> None:
+    placement = place(Label(source="a", sink="b", model="m", **job), alive(nodes))
+    assert (placement.actors, placement.threads, placement.actor_cpus) == expected
+    left = sum(node["CPU"] for node in nodes) - placement.actors * placement.actor_cpus
+    assert 0 < 4 * placement.task_cpus <= left
+
+
+@pytest.mark.parametrize(
+    ("nodes", "job", "numbers"),
+    [
+        ([{"CPU": 4}], {"device": "cuda"}, "4 CPUs and 0 GPUs"),
+        ([{"CPU": 4}], {"actors": 5}, "5 × the model at 3 CPU each"),
+        ([{"CPU": 2}], {"threads": 8}, "1 × the model at 7 CPU each"),
+        ([{"CPU": 4, "GPU": 1}], {"actors": 2}, "2 × the model at 1 CPU and 1 GPU each"),
+        ([{"CPU": 1, "GPU": 1}], {}, "1 CPUs and 1 GPUs on 1 nodes"),
+        ([], {}, "no CPUs"),
+    ],
+)
+def test_what_does_not_fit_the_cluster_is_refused_with_the_numbers(
+    nodes: list[dict[str, float]], job: dict[str, Any], numbers: str
+) -> None:
+    with pytest.raises(SettingsError, match=re.escape(numbers)):
+        place(Label(source="a", sink="b", model="m", **job), alive(nodes))
+
+
+def alive(nodes: list[dict[str, float]]) -> list[dict[str, Any]]:
+    dead = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+    return [dead, *({"Alive": True, "Resources": {k: v for k, v in node.items() if v}} for node in nodes)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
+        ({"actors": -1}, "--actors -1"),
+        ({"max_rejects": 1.5}, "--max-rejects 1.5"),
+        ({"dtype": "float16", "device": "cpu"}, "bfloat16"),
+        ({"sink": "photos/labels"}, "lies in SOURCE"),
+        ({"source": "s3://bucket/a/", "sink": "s3://bucket/a/labels"}, "lies in SOURCE"),
+    ],
+)
+def test_bad_settings_are_refused_at_construction(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        Label(**{"source": "photos", "sink": "labels", "model": "unet_resnet34", **settings})
+
+
+def test_a_source_without_images_is_refused_and_nothing_is_written(tmp_path: Path, small_model: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/readme.md").write_text("no image")
+    with pytest.raises(SourceError, match="holds no images and no shards, only 1 files of other kinds"):
+        label(Label(source=str(tmp_path / "empty"), sink=str(tmp_path / "labels"), model=small_model))
+    assert not (tmp_path / "labels").exists()

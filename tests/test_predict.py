@@ -1,0 +1,480 @@
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torchvision.transforms._presets import SemanticSegmentation
+
+from segray import model, predict
+from segray.classes import Classes
+from segray.errors import Reject
+from segray.model import Preprocessing
+from segray.predict import Prediction, Predictor
+from segray.tile import Tiling
+from tests.conftest import CAMVID_CLASSES, random_checkpoint
+
+SMALL = "unet_tu-mobilenetv3_small_050"
+ABC = Classes(("a", "b", "c"))
+IDENTITY = Preprocessing(mean=(0, 0, 0), std=(1, 1, 1))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small models are slower on several threads, and far slower where others use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@cache
+def checkpoint_bytes(name: str, preprocessing: Preprocessing, classes: Classes = CAMVID_CLASSES) -> bytes:
+    return random_checkpoint(name, classes, preprocessing).to_bytes()
+
+
+@cache
+def lively_bytes(name: str, resize: int | None = None) -> bytes:
+    """A checkpoint whose random weights see every class in noise: its logits are centred and scaled there."""
+    checkpoint = random_checkpoint(name, preprocessing=Preprocessing(resize=resize))
+    module = model.build(checkpoint)
+    heads = [
+        (layer_name, layer)
+        for layer_name, layer in module.named_modules()
+        if isinstance(layer, nn.Conv2d) and layer.out_channels == len(CAMVID_CLASSES)
+    ]
+    with torch.inference_mode():
+        logits = model.logits(module, torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    mean, scale = logits.mean((0, 2, 3)), logits.std((0, 2, 3)).clamp(min=1e-12)
+    tensors = dict(module.state_dict())
+    for index, (layer_name, layer) in enumerate(heads):
+        assert layer.bias is not None
+        tensors[f"{layer_name}.weight"] = layer.weight.detach() / scale.view(-1, 1, 1, 1)
+        tensors[f"{layer_name}.bias"] = (layer.bias.detach() - (mean if index == 0 else 0)) / scale
+    return dataclasses.replace(checkpoint, tensors=tensors).to_bytes()
+
+
+def predictor(name: str = SMALL, preprocessing: Preprocessing | None = None, **settings: Any) -> Predictor:
+    return Predictor(lambda: checkpoint_bytes(name, preprocessing or Preprocessing()), **settings)
+
+
+@cache
+def _of_three_classes(preprocessing: Preprocessing) -> Predictor:
+    return Predictor(lambda: checkpoint_bytes(SMALL, preprocessing, ABC))
+
+
+def with_module(
+    module: nn.Module, preprocessing: Preprocessing = IDENTITY, *, tiling: Tiling | None = None, batch_size: int = 16
+) -> Predictor:
+    """A predictor of three classes whose model is this one."""
+    made = copy.copy(_of_three_classes(preprocessing))
+    made._module, made._minimum, made._multiple = module, 1, 1
+    made._tiling, made._batch_size = tiling or Tiling(), batch_size
+    return made
+
+
+class PerPixel(nn.Module):
+    """Looks at single pixels."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        red, green, blue = images[:, 0], images[:, 1], images[:, -1]
+        return torch.stack([red * 3 - green, green * blue * 4 - red, (blue - 0.3) * 2 + red * red], dim=1)
+
+
+class Neighbourhood(nn.Module):
+    """Looks at 3×3 pixels, and gives half the resolution."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.avg_pool2d(PerPixel()(images), 3, stride=2, padding=1)
+
+
+class Constant(nn.Module):
+    """Gives each pixel the same logits."""
+
+    def __init__(self, *logits: float) -> None:
+        super().__init__()
+        self.logits = torch.tensor(logits)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits[None, :, None, None].expand(len(images), -1, *images.shape[-2:])
+
+
+def photos(*sizes: tuple[int, int], seed: int = 0) -> list[np.ndarray]:
+    """Noise, coarse and fine."""
+    rng = np.random.default_rng(seed)
+    images = []
+    for height, width in sizes:
+        coarse = rng.integers(0, 200, (height // 16 + 1, width // 16 + 1, 3), np.uint8)
+        coarse = np.kron(coarse, np.ones((16, 16, 1), np.uint8))[:height, :width]
+        images.append(coarse + rng.integers(0, 56, (height, width, 3), np.uint8))
+    return images
+
+
+def only(results: Sequence[Prediction | Reject]) -> list[Prediction]:
+    assert not [result for result in results if isinstance(result, Reject)]
+    return [result for result in results if isinstance(result, Prediction)]
+
+
+def assert_consistent(prediction: Prediction, image: np.ndarray, num_classes: int = 3) -> None:
+    assert prediction.label_map.shape == image.shape[:2]
+    assert prediction.label_map.dtype == (np.uint8 if num_classes <= 256 else np.uint16)
+    np.testing.assert_array_equal(
+        prediction.num_pixels, np.bincount(prediction.label_map.ravel(), minlength=num_classes)
+    )
+    assert (prediction.confidence_sum <= prediction.num_pixels * (1 + 1e-6)).all()
+    assert (prediction.confidence_sum >= prediction.num_pixels / num_classes * (1 - 1e-6)).all()
+
+
+def assert_same(ours: Sequence[Prediction], theirs: Sequence[Prediction], exactly: bool = True) -> None:
+    for mine, yours in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(mine.label_map, yours.label_map)
+        np.testing.assert_array_equal(mine.num_pixels, yours.num_pixels)
+        np.testing.assert_allclose(mine.confidence_sum, yours.confidence_sum, rtol=0 if exactly else 1e-9)
+
+
+def assert_is_argmax(label_map: np.ndarray, module: nn.Module, batch: Tensor, height: int, width: int) -> None:
+    """The label map is that of the library's own forward pass.
+
+    To the last pixel where it uses the same kernels (memory format, more than one image);
+    elsewhere all but pixels whose best two logits differ by no more than rounding.
+    """
+
+    def own(batch: Tensor) -> Tensor:
+        output = module(batch)
+        logits: Tensor = output["out"] if isinstance(output, dict) else output
+        if isinstance(output, dict):
+            return F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
+        return logits[..., :height, :width]
+
+    with torch.inference_mode():
+        module.to(memory_format=torch.channels_last)
+        same = own(batch.expand(2, -1, -1, -1).contiguous(memory_format=torch.channels_last))
+        np.testing.assert_array_equal(label_map, same.argmax(1)[0].numpy())
+        module.to(memory_format=torch.contiguous_format)
+        plain = own(batch.contiguous())
+    best = plain.topk(2, dim=1).values[0]
+    clear = (best[0] - best[1] > 1e-4 * plain.std()).numpy()
+    assert clear.mean() > 0.99
+    np.testing.assert_array_equal(label_map[clear], plain.argmax(1)[0].numpy()[clear])
+    assert len(np.unique(label_map)) > 1
+
+
+@pytest.mark.parametrize("resize", [None, 64])
+@pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"])
+def test_torchvisions_own_forward_pass_gives_the_same_label_map(name: str, resize: int | None) -> None:
+    data = lively_bytes(name, resize)
+    images = photos((48, 64), (57, 41), (48, 64))
+    module = model.build(model.Checkpoint.from_bytes(data))
+    transforms = SemanticSegmentation(resize_size=resize)
+    for image, prediction in zip(images, only(Predictor(lambda: data).predict(images)), strict=True):
+        batch = transforms(torch.from_numpy(image).permute(2, 0, 1))[None]
+        assert_is_argmax(prediction.label_map, module, batch, *image.shape[:2])
+        assert_consistent(prediction, image, len(CAMVID_CLASSES))
+
+
+def test_at_torchvisions_own_size_the_label_map_is_the_same_too() -> None:
+    data = lively_bytes("lraspp_mobilenet_v3_large", 520)
+    (image,) = photos((180, 240))
+    batch = SemanticSegmentation(resize_size=520)(torch.from_numpy(image).permute(2, 0, 1))[None]
+    assert batch.shape[-2:] == (520, 693)
+    (ours,) = only(Predictor(lambda: data).predict([image]))
+    assert_is_argmax(ours.label_map, model.build(model.Checkpoint.from_bytes(data)), batch, 180, 240)
+
+
+@pytest.mark.parametrize(
+    ("name", "multiple"),
+    [(SMALL, 1), ("unetplusplus_mobilenet_v2", 32), ("pspnet_mobilenet_v2", 8), ("fpn_mobilenet_v2", 32)],
+)
+def test_smps_own_forward_pass_gives_the_same_label_map(name: str, multiple: int) -> None:
+    data = lively_bytes(name)
+    images = photos((64, 96), (70, 45), (64, 96))
+    module = model.build(model.Checkpoint.from_bytes(data))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (Preprocessing().mean, Preprocessing().std))
+    for image, prediction in zip(images, only(Predictor(lambda: data).predict(images)), strict=True):
+        height, width = image.shape[:2]
+        values = ((torch.from_numpy(image).permute(2, 0, 1).float() / 255 - mean) / std)[None]
+        if height % multiple or width % multiple:
+            values = F.pad(values, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+        assert_is_argmax(prediction.label_map, module, values, height, width)
+
+
+@pytest.mark.parametrize("name", [SMALL, "lraspp_mobilenet_v3_large", "pspnet_mobilenet_v2"])
+def test_a_label_map_does_not_depend_on_what_it_was_batched_with(name: str) -> None:
+    data = lively_bytes(name)
+    images = photos((64, 96), (96, 64), (64, 96), (64, 96), (33, 47), (64, 96), (96, 64))
+    few, many = Predictor(lambda: data, batch_size=3), Predictor(lambda: data)
+    alone = [only(many.predict([image]))[0] for image in images]
+    assert_same(only(many.predict(images)), alone)
+    assert_same(only(few.predict(images[::-1]))[::-1], alone)
+
+
+@pytest.mark.parametrize("name", [SMALL, "upernet_mit_b0", "unet_mit_b0", "lraspp_mobilenet_v3_large"])
+@pytest.mark.parametrize("resize", [None, 24])
+def test_the_smallest_and_thinnest_images_are_labelled(name: str, resize: int | None) -> None:
+    images = photos((1, 1), (1, 40), (40, 1), (7, 9))
+    predictions = predictor(name, Preprocessing(resize=resize)).predict(images)
+    for image, prediction in zip(images, only(predictions), strict=True):
+        assert_consistent(prediction, image, len(CAMVID_CLASSES))
+
+
+def test_an_image_too_elongated_to_resize_is_a_reject_and_costs_no_other() -> None:
+    images = photos((1, 9_000), (20, 30), (9_000, 1))
+    first, second, third = with_module(PerPixel(), dataclasses.replace(IDENTITY, resize=520)).predict(images)
+    assert isinstance(second, Prediction)
+    for result in (first, third):
+        assert isinstance(result, Reject)
+        assert (result.stage, result.kind) == ("predict", "too elongated")
+    assert "9000×1" in str(first)
+    assert len(only(with_module(PerPixel()).predict(images))) == 3
+
+
+@st.composite
+def tilings(draw: st.DrawFn) -> Tiling:
+    size = draw(st.integers(32, 64))
+    return Tiling(size=size, overlap=draw(st.integers(0, size // 2)), blend=draw(st.sampled_from(["cosine", "flat"])))
+
+
+@given(st.integers(1, 150), st.integers(1, 150), tilings(), st.integers(1, 5), st.integers(0, 99))
+@settings(deadline=None, max_examples=40)
+def test_tiling_equals_labelling_the_whole_for_a_model_that_looks_at_pixels(
+    height: int, width: int, tiling: Tiling, batch_size: int, seed: int
+) -> None:
+    images = photos((height, width), (height, width), seed=seed)
+    whole = only(with_module(PerPixel()).predict(images))
+    tiled = only(with_module(PerPixel(), tiling=tiling, batch_size=batch_size).predict(images))
+    assert_same(tiled, whole, exactly=False)
+    for image, prediction in zip(images, tiled, strict=True):
+        assert_consistent(prediction, image)
+
+
+@given(st.integers(20, 60), st.integers(20, 160), tilings())
+@settings(deadline=None, max_examples=20)
+def test_tiling_after_resizing_equals_resizing_alone(height: int, width: int, tiling: Tiling) -> None:
+    images = photos((height, width))
+    resized = dataclasses.replace(IDENTITY, resize=70)
+    whole = only(with_module(PerPixel(), resized).predict(images))
+    tiled = only(with_module(PerPixel(), resized, tiling=tiling).predict(images))
+    assert_same(tiled, whole, exactly=False)
+
+
+def test_tiles_of_a_model_that_looks_around_agree_away_from_their_edges() -> None:
+    tiling = Tiling(size=64, overlap=16)
+    (image,) = photos((64, 160))
+    (whole,) = only(with_module(Neighbourhood()).predict([image]))
+    (tiled,) = only(with_module(Neighbourhood(), tiling=tiling).predict([image]))
+    assert (whole.label_map == tiled.label_map).mean() > 0.97
+    np.testing.assert_array_equal(whole.label_map[:, :40], tiled.label_map[:, :40])
+
+
+class Rows(PerPixel):
+    """Per pixel; remembers the shapes that it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.shapes.append(tuple(images.shape))
+        return super().forward(images)
+
+
+def test_images_of_one_size_share_forward_passes_and_tiles_do_too() -> None:
+    rows = Rows()
+    with_module(rows, batch_size=2).predict(photos((40, 50), (50, 40), (40, 50), (40, 50)))
+    assert rows.shapes == [(2, 3, 40, 50), (2, 3, 40, 50), (2, 3, 50, 40)]  # one alone is taken twice
+    rows = Rows()
+    with_module(rows, batch_size=4, tiling=Tiling(size=32, overlap=0)).predict(photos((32, 160)))
+    assert rows.shapes == [(4, 3, 32, 32), (2, 3, 32, 32)]
+    rows = Rows()
+    with_module(rows, batch_size=4).predict(photos((1000, 1000), (1000, 1000)))
+    assert rows.shapes == [(1, 3, 1000, 1000)] * 2
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 7), st.integers(1, 4), st.integers(0, 99), st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_classes_taken_a_few_at_a_time_give_the_same_argmax(
+    height: int, width: int, num_classes: int, together: int, seed: int, upsampled: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # Few values, so that many classes are equal.
+    logits = torch.randint(-2, 3, (2, num_classes, height, width), generator=generator).float()
+    size = (2 * height + 1, width + 3) if upsampled else (height, width)
+    full = F.interpolate(logits, size, mode="bilinear", align_corners=False) if upsampled else logits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict, "_LOGITS_BYTES", 4 * 2 * size[0] * size[1] * together)
+        label_map, confidence = with_module(PerPixel())._argmax(logits, *size)
+    np.testing.assert_array_equal(label_map.numpy(), full.numpy().argmax(1))  # numpy's is the first of equals
+    torch.testing.assert_close(confidence, full.softmax(1).amax(1), rtol=0, atol=1e-5)
+
+
+def test_of_equal_logits_the_first_class_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    (image,) = photos((8, 8))
+    for logits_bytes in (predict._LOGITS_BYTES, 1):
+        monkeypatch.setattr(predict, "_LOGITS_BYTES", logits_bytes)
+        (prediction,) = only(with_module(Constant(1, 2, 2)).predict([image]))
+        assert prediction.num_pixels.tolist() == [0, 64, 0]
+        expected = 64 / (np.exp(-1) + 2)
+        np.testing.assert_allclose(prediction.confidence_sum, [0, expected, 0], rtol=1e-6)
+
+
+def test_confidence_is_the_softmax_of_the_label() -> None:
+    images = photos((31, 45), (64, 64))
+    made = with_module(PerPixel())
+    for image, prediction in zip(images, only(made.predict(images)), strict=True):
+        probabilities = PerPixel()(torch.from_numpy(image).permute(2, 0, 1)[None] / 255).softmax(1)[0]
+        best, label = probabilities.max(0)
+        sums = torch.bincount(label.flatten(), best.flatten().double(), minlength=3)
+        np.testing.assert_allclose(prediction.confidence_sum, sums.numpy(), rtol=1e-5)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    (prediction,) = only(with_module(Constant(-3e38, 3e38, -1e38)).predict(photos((4, 4))))
+    assert prediction.confidence_sum.tolist() == [0, 16, 0]
+
+
+class Fragile(PerPixel):
+    """Gives a number that is not finite where an image is bright."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        logits[images.mean((1, 2, 3)) > 0.5, 1, 0, 0] = self.number
+        return logits
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("size", [(40, 40), (40, 100)])
+@pytest.mark.parametrize("logits_bytes", [2**28, 1])
+def test_numbers_that_are_not_finite_reject_their_image_alone(
+    number: float, size: tuple[int, int], logits_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "_LOGITS_BYTES", logits_bytes)
+    dark = np.full((*size, 3), 20, np.uint8)
+    images = [dark, dark + 200, dark + 1, dark + 210]
+    results = with_module(Fragile(number), tiling=Tiling(size=64, overlap=8)).predict(images)
+    for result in (results[1], results[3]):
+        assert isinstance(result, Reject)
+        assert (result.stage, result.kind) == ("predict", "not finite")
+    whole = only(with_module(PerPixel()).predict([images[0], images[2]]))
+    assert_same(only([results[0], results[2]]), whole, exactly=False)
+
+
+CHANNELS: list[tuple[Literal["RGB", "BGR", "L"], Literal[1, 255]]] = [("RGB", 255), ("BGR", 1), ("BGR", 255), ("L", 1)]
+
+
+@pytest.mark.parametrize(("channels", "white"), CHANNELS)
+def test_the_model_sees_what_its_preprocessing_says(channels: Any, white: Any) -> None:
+    seen: list[Tensor] = []
+
+    class Seen(PerPixel):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(images.clone())
+            return super().forward(images.expand(-1, 3, -1, -1))
+
+    mean, std = ((0.4,), (2.0,)) if channels == "L" else ((0.1, 0.2, 0.3), (1.0, 2.0, 4.0))
+    (image,) = photos((5, 6))
+    with_module(Seen(), Preprocessing(channels=channels, range=white, mean=mean, std=std)).predict([image])
+    if channels == "L":
+        planes = (image.astype(np.float64) @ [0.299, 0.587, 0.114])[None]
+    else:
+        planes = image.transpose(2, 0, 1).astype(np.float64)[:: -1 if channels == "BGR" else 1]
+    expected = (planes * white / 255 - np.array(mean)[:, None, None]) / np.array(std)[:, None, None]
+    tolerance = 1 / 255 if channels == "L" else 1e-4
+    np.testing.assert_allclose(seen[0][0].numpy(), expected, atol=tolerance)
+
+
+def test_beyond_256_classes_label_maps_are_16_bit() -> None:
+    classes = Classes(tuple(map(str, range(300))), ignore_index=999)
+    data = checkpoint_bytes("lraspp_mobilenet_v3_large", Preprocessing(), classes)
+    made = Predictor(lambda: data)
+    made._module = Constant(*range(300))
+    (image,) = photos((6, 7))
+    (prediction,) = only(made.predict([image]))
+    assert_consistent(prediction, image, 300)
+    assert (prediction.label_map == 299).all()
+
+
+def batch_of(images: Sequence[np.ndarray | None]) -> pa.Table:
+    """Rows as the decoder gives them; None is an image that it rejected."""
+    return pa.table(
+        {
+            "image_id": pa.array([str(index) for index in range(len(images))], pa.string()),
+            "pixels": pa.array([None if i is None else i.tobytes() for i in images], pa.large_binary()),
+            "height": pa.array([None if i is None else i.shape[0] for i in images], pa.int32()),
+            "width": pa.array([None if i is None else i.shape[1] for i in images], pa.int32()),
+            "stage": pa.array(["decode" if i is None else None for i in images], pa.string()),
+            "reason": pa.array(["empty: the file has 0 bytes" if i is None else None for i in images], pa.string()),
+            "other": pa.array([[index, index] for index in range(len(images))], pa.list_(pa.int64())),
+        }
+    )
+
+
+def test_a_table_keeps_its_rows_and_other_columns_and_gains_label_maps() -> None:
+    dark = np.full((9, 7, 3), 20, np.uint8)
+    images = [dark, None, dark + 200, photos((5, 8))[0] // 2]
+    batch = batch_of(images)
+    labelled = with_module(Fragile(float("nan")))(batch)
+    assert labelled.schema.names == [
+        *("image_id", "height", "width", "other", "label_map", "num_pixels", "confidence_sum", "stage", "reason")
+    ]
+    for name in ("image_id", "height", "width", "other"):
+        assert labelled[name] == batch[name]
+    assert labelled["stage"].to_pylist() == [None, "decode", "predict", None]
+    assert labelled["reason"][1].as_py() == "empty: the file has 0 bytes"
+    assert labelled["reason"][2].as_py().startswith("not finite: ")
+    for row, image in enumerate(images):
+        if row in (1, 2):
+            assert labelled["label_map"][row].as_py() is None
+            assert labelled["num_pixels"][row].as_py() is None
+            assert labelled["confidence_sum"][row].as_py() is None
+            continue
+        assert image is not None
+        (expected,) = only(with_module(PerPixel()).predict([image]))
+        label_map = np.frombuffer(labelled["label_map"][row].as_py(), np.uint8).reshape(image.shape[:2])
+        np.testing.assert_array_equal(label_map, expected.label_map)
+        assert sum(labelled["num_pixels"][row].as_py()) == image.shape[0] * image.shape[1]
+        np.testing.assert_allclose(labelled["confidence_sum"][row].as_py(), expected.confidence_sum)
+
+
+@pytest.mark.parametrize("images", [[], [None], [None, None]])
+def test_a_table_without_images_keeps_its_columns_and_types(images: list[None]) -> None:
+    made = with_module(PerPixel())
+    labelled = made(batch_of(images))
+    assert labelled.num_rows == len(images)
+    assert labelled.schema == made(batch_of(photos((3, 4)))).schema
+
+
+def test_a_table_of_several_chunks_is_labelled() -> None:
+    images = photos((5, 6), (7, 8), (5, 6))
+    made = with_module(PerPixel())
+    chunked = pa.concat_tables([batch_of(images[:1]), batch_of(images[1:])])
+    assert made(chunked)["label_map"].to_pylist() == made(batch_of(images))["label_map"].to_pylist()
+
+
+def test_bfloat16_runs_and_mostly_agrees_with_float32() -> None:
+    images = photos((64, 96), (33, 150))
+    tiling = Tiling(size=96, overlap=32)
+    full = only(predictor(tiling=tiling).predict(images))
+    half = only(predictor(tiling=tiling, dtype="bfloat16").predict(images))
+    for image, mine, theirs in zip(images, half, full, strict=True):
+        assert_consistent(mine, image, len(CAMVID_CLASSES))
+        assert (mine.label_map == theirs.label_map).mean() > 0.7
+
+
+def test_the_number_of_threads_is_set() -> None:
+    try:
+        predictor(num_threads=2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)

@@ -1,0 +1,146 @@
+"""The label store: parts that are whole or not there, and what they say is done."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from segray import sink
+from segray.classes import Classes
+from segray.errors import SinkError
+from segray.sink import LABELLED, Sink
+from segray.source import image_id
+from tests.conftest import S3
+
+CLASSES = Classes(("soil", "crop", "weed"))
+
+
+def rows(*names: str, reject: str | None = None, png: bytes = b"png") -> pa.Table:
+    """Images of 2×3 pixels: four of soil and two of weed."""
+    labelled: dict[str, Any] = {
+        "label_map": png,
+        "num_pixels": [4, 0, 2],
+        "confidence_sum": [2.0, 0.0, 1.5],
+        "stage": None,
+        "reason": None,
+    }
+    rejected = dict.fromkeys(labelled) | {"stage": "decode", "reason": reject}
+    identities = [{"image_id": image_id(n, "1"), "uri": n, "version": "1", "height": 2, "width": 3} for n in names]
+    return pa.Table.from_pylist([i | (rejected if reject else labelled) for i in identities], schema=LABELLED)
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_what_is_written_is_done(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    uri = str(tmp_path) if where == "local" else f"s3://{request.getfixturevalue('s3').bucket}/sink-test"
+    store = Sink(uri, "r1")
+    assert len(store.done()) == 0
+    [*_] = store.write(pa.concat_tables([rows("a", "b"), rows("c", reject="empty: 0 bytes")]), CLASSES, "run")
+    assert store.done().tolist() == sorted(image_id(name, "1").encode() for name in "abc")
+    assert len(Sink(uri, "r2").done()) == 0
+
+
+def test_rows_and_receipt_say_what_was_written(tmp_path: Path) -> None:
+    table = pa.concat_tables([rows("a", "b"), rows("c", reject="empty: 0 bytes")])
+    [receipt] = Sink(str(tmp_path), "r1").write(table, CLASSES, "run")
+    assert (receipt.num_labelled, dict(receipt.rejects)) == (2, {("decode", "empty"): 1})
+    assert receipt.num_pixels.tolist() == [8, 0, 4]
+    assert receipt.num_images.tolist() == [2, 0, 2]
+    assert receipt.confidence_sum.tolist() == [4.0, 0.0, 3.0]
+
+    statistics = pq.read_table(tmp_path / "statistics").to_pylist()
+    assert [(s["uri"], s["class_id"], s["class_name"], s["num_pixels"]) for s in statistics] == [
+        ("a", 0, "soil", 4),
+        ("a", 2, "weed", 2),
+        ("b", 0, "soil", 4),
+        ("b", 2, "weed", 2),
+    ]
+    assert [s["fraction"] for s in statistics[:2]] == [4 / 6, 2 / 6]
+    assert [s["mean_confidence"] for s in statistics[:2]] == [0.5, 0.75]
+    [reject] = pq.read_table(tmp_path / "rejects").to_pylist()
+    assert (reject["uri"], reject["stage"], reject["reason"], reject["run_id"]) == (
+        "c",
+        "decode",
+        "empty: 0 bytes",
+        "run",
+    )
+
+
+def test_columns_are_flat_and_compressed_with_zstd(tmp_path: Path) -> None:
+    [*_] = Sink(str(tmp_path), "r1").write(rows("a"), CLASSES, "run")
+    for kind, schema in (("label_maps", sink.LABEL_MAPS), ("statistics", sink.STATISTICS)):
+        [part] = (tmp_path / kind / "recipe=r1").iterdir()
+        metadata = pq.read_metadata(part)
+        assert pq.read_schema(part).equals(schema)
+        assert metadata.num_columns == len(schema), "a column is nested"
+        assert metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+def test_a_part_written_twice_is_written_once(tmp_path: Path) -> None:
+    store = Sink(str(tmp_path), "r1")
+    [first] = store.write(rows("a", "b"), CLASSES, "run")
+    before = files(tmp_path)
+    [again] = store.write(rows("b", "a"), CLASSES, "run")
+    assert files(tmp_path) == before
+    assert again.key == first.key
+
+
+def test_a_part_ends_at_its_limit_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sink, "_PART_BYTES", 100)
+    receipts = list(Sink(str(tmp_path), "r1").write(rows(*"abcde", png=bytes(40)), CLASSES, "run"))
+    assert [receipt.num_labelled for receipt in receipts] == [2, 2, 1]
+    parts = list((tmp_path / "label_maps/recipe=r1").iterdir())
+    assert sorted(pq.read_metadata(part).num_rows for part in parts) == [1, 2, 2]
+
+
+def test_a_write_that_fails_leaves_neither_part_nor_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    store = Sink(str(tmp_path), "r1")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        list(store.write(rows("a"), CLASSES, "run"))
+    assert files(tmp_path) == set()
+
+
+def test_a_torn_part_is_named(tmp_path: Path) -> None:
+    store = Sink(str(tmp_path), "r1")
+    [*_] = store.write(rows("a"), CLASSES, "run")
+    [part] = (tmp_path / "label_maps/recipe=r1").iterdir()
+    part.write_bytes(part.read_bytes()[:-20])
+    with pytest.raises(SinkError, match=part.name):
+        store.done()
+
+
+def test_a_sink_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(SinkError, match="cannot be written"):
+        Sink(str(tmp_path / "file"), "r1").start({})
+
+
+def test_done_is_sorted_for_many_parts(tmp_path: Path) -> None:
+    store = Sink(str(tmp_path), "r1")
+    for name in "zyxwv":
+        [*_] = store.write(rows(name), CLASSES, "run")
+    done = store.done()
+    assert done.dtype == np.dtype("S32")
+    assert done.tolist() == sorted(done.tolist())
+    assert len(done) == 5
+
+
+def test_documents_are_replaced_whole(tmp_path: Path, s3: S3) -> None:
+    for uri in (str(tmp_path), f"s3://{s3.bucket}/documents"):
+        store = Sink(uri, "r1")
+        store.start({"recipe": "r1", "try": 1})
+        store.start({"recipe": "r1", "try": 2})
+        fs = store._fs
+        assert b'"try": 2' in fs.cat_file(f"{store._root}/recipes/r1.json")

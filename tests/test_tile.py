@@ -1,0 +1,100 @@
+import dataclasses
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from segray.errors import SettingsError
+from segray.tile import Tiling, Window, windows
+
+
+@st.composite
+def tilings(draw: st.DrawFn) -> Tiling:
+    size = draw(st.integers(32, 80))
+    return Tiling(size=size, overlap=draw(st.integers(0, size // 2)), blend=draw(st.sampled_from(["cosine", "flat"])))
+
+
+lengths = st.integers(1, 300)
+
+
+@given(lengths, lengths, tilings())
+def test_windows_cover_each_pixel_and_lie_inside_the_image(height: int, width: int, tiling: Tiling) -> None:
+    covered = np.zeros((height, width), int)
+    for window in windows(height, width, tiling):
+        assert 0 <= window.col_off <= window.col_off + window.width <= width
+        assert 0 <= window.row_off <= window.row_off + window.height <= height
+        covered[window.rows, window.cols] += 1
+    assert covered.min() >= 1
+
+
+@given(lengths, lengths, tilings())
+def test_windows_have_one_size_and_come_in_raster_order(height: int, width: int, tiling: Tiling) -> None:
+    cut = windows(height, width, tiling)
+    assert {(w.height, w.width) for w in cut} == {(min(height, tiling.size), min(width, tiling.size))}
+    corners = [(w.row_off, w.col_off) for w in cut]
+    assert corners == sorted(set(corners))
+
+
+@given(lengths, lengths, tilings())
+def test_neighbours_share_at_least_the_overlap_and_the_image_ends_with_the_last(
+    height: int, width: int, tiling: Tiling
+) -> None:
+    cut = windows(height, width, tiling)
+    rows, cols = sorted({w.row_off for w in cut}), sorted({w.col_off for w in cut})
+    assert len(cut) == len(rows) * len(cols)
+    for offsets, length in ((rows, height), (cols, width)):
+        side = min(length, tiling.size)
+        shared = [first + side - second for first, second in pairwise(offsets)]
+        assert all(tiling.overlap <= pixels < side for pixels in shared)
+        assert all(pixels == tiling.overlap for pixels in shared[:-1])
+        assert offsets[0] == 0
+        assert offsets[-1] + side == length
+
+
+@given(tilings(), st.data())
+def test_an_image_up_to_the_size_is_one_window(tiling: Tiling, data: st.DataObject) -> None:
+    height, width = (data.draw(st.integers(1, tiling.size)) for _ in range(2))
+    assert windows(height, width, tiling) == [Window(0, 0, width, height)]
+
+
+def test_the_windows_of_an_example() -> None:
+    assert windows(32, 100, Tiling(size=48, overlap=16)) == [
+        Window(0, 0, 48, 32),
+        Window(32, 0, 48, 32),
+        Window(52, 0, 48, 32),
+    ]
+
+
+def test_a_window_indexes_an_array() -> None:
+    array = np.arange(30).reshape(5, 6)
+    window = Window(col_off=2, row_off=1, width=3, height=2)
+    np.testing.assert_array_equal(array[window.rows, window.cols], [[8, 9, 10], [14, 15, 16]])
+
+
+def test_defaults_and_stride() -> None:
+    assert dataclasses.asdict(Tiling()) == {"size": 1024, "overlap": 128, "blend": "cosine"}
+    assert Tiling(size=100, overlap=30).stride == 70
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": 31, "overlap": 0}, "tiling.size 31: must be at least 32 pixels"),
+        ({"size": 0}, "tiling.size 0: must be at least 32 pixels"),
+        ({"size": 64, "overlap": 33}, r"tiling.overlap 33: must lie in \[0, 32\], half of tiling.size 64"),
+        ({"size": 64, "overlap": -1}, r"tiling.overlap -1: must lie in \[0, 32\]"),
+        ({"size": 128}, r"tiling.overlap 128: must lie in \[0, 64\]"),
+    ],
+)
+def test_a_setting_out_of_bounds_is_refused_with_value_and_bound(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        Tiling(**settings)
+
+
+def test_bounds_themselves_are_allowed() -> None:
+    assert Tiling(size=32, overlap=16).stride == 16
+    assert Tiling(size=33, overlap=16).stride == 17
+    assert Tiling(size=32, overlap=0).stride == 32
