@@ -31,7 +31,7 @@ __all__ = ["Label", "Placement", "label", "place"]
 # Ray and torch are imported when the job starts, so that `--help` answers at once.
 
 _LABELLING = 1  # to be raised with any change of code that changes label maps: it begins new recipes
-_IMAGES_PER_BLOCK = 64
+_IMAGES_PER_BLOCK = 32
 _PIXEL_BYTES = 64 * 2**20
 _TASK_CPUS = 0.25  # beside a model that computes on all cores, the other stages mostly wait
 _THREADS = 4
@@ -136,7 +136,7 @@ def label(job: Label) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from segray import model
-    from segray.predict import Predictor
+    from segray.predict import CPU_ENVIRONMENT, Predictor
     from segray.session import root_cause, session
     from segray.sink import PartSink, Sink
     from segray.source import Source
@@ -189,6 +189,7 @@ def label(job: Label) -> None:
                             compute=ray.data.ActorPoolStrategy(size=placement.actors, max_tasks_in_flight_per_actor=2),
                             num_cpus=placement.actor_cpus,
                             num_gpus=1 if placement.device == "cuda" else 0,
+                            runtime_env={"env_vars": CPU_ENVIRONMENT} if placement.device == "cpu" else None,
                         )
                         .map_batches(_encode, **task, fn_kwargs={"classes": classes, "ledger": ledger})
                         .write_datasink(

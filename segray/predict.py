@@ -20,7 +20,14 @@ from segray.model import Checkpoint
 from segray.stitch import stitch, weight
 from segray.tile import Tiling, Window, windows
 
-__all__ = ["DType", "Prediction", "Predictor"]
+__all__ = ["CPU_ENVIRONMENT", "DType", "Prediction", "Predictor"]
+
+CPU_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+"""Under which a process on a CPU should start that holds a `Predictor`, where its C library is glibc.
+
+A batch's activations are large blocks, which glibc would map anew each time, and their page
+faults take as long as the convolutions do. So it keeps up to 1 GiB of what was freed.
+"""
 
 DType = Literal["float32", "bfloat16", "float16"]
 T = TypeVar("T")

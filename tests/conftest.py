@@ -14,6 +14,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 
 import jaxtyping
+import numpy as np
 
 # Every array that crosses a function of these modules is checked against its annotation.
 _CHECKED = ["decode", "demo", "labelmap", "predict", "statistics", "stitch", "tile"]
@@ -22,7 +23,7 @@ jaxtyping.install_import_hook([f"segray.{module}" for module in _CHECKED], "bear
 import pytest
 import torch
 
-from segray import model
+from segray import demo, model
 from segray.classes import Classes
 from segray.model import Checkpoint, Preprocessing
 
@@ -36,23 +37,6 @@ def camvid() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no CamVid at {folder}; SEGRAY_TEST_DATA names the folder that holds it")
     return folder
-
-
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A real Ray cluster in this process, with more logical CPUs than the machine may have."""
-    import ray
-
-    ray.init(
-        num_cpus=4,
-        num_gpus=0,
-        include_dashboard=False,
-        object_store_memory=1 << 30,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
 
 
 @dataclass(frozen=True)
@@ -102,6 +86,23 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         server.wait(10)
 
 
+@pytest.fixture(scope="session")
+def ray_cluster(s3: S3) -> Iterator[None]:
+    """A real Ray cluster in this process, with more logical CPUs than the machine may have, that knows the S3 server."""
+    import ray
+
+    ray.init(
+        num_cpus=4,
+        num_gpus=0,
+        include_dashboard=False,
+        object_store_memory=1 << 30,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
 CAMVID_CLASSES = Classes(
     ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"),
     ignore_index=11,
@@ -114,13 +115,20 @@ def random_checkpoint(
     preprocessing: Preprocessing | None = None,
     seed: int = 0,
 ) -> Checkpoint:
-    """A checkpoint of a named architecture with random weights, whose batch norms keep signals apart."""
+    """A checkpoint of a named architecture with random weights, that tells drawn scenes apart.
+
+    Its batch norms hold the statistics of such scenes: with those of a fresh module signals fade
+    on their way through a deep network, and every image would get the same label map.
+    """
     checkpoint = model.untrained(name, classes, preprocessing=preprocessing, seed=seed)
     module = model.build(checkpoint)
     for layer in module.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(layer.weight, 0.5, 1.5)
-            torch.nn.init.normal_(layer.bias, std=0.3)
+            layer.momentum = None  # the plain mean over what it sees
+    scenes = torch.from_numpy(np.stack([demo.scene(seed)[0][:192:2, :256:2] for seed in range(4)]))
+    images = (scenes.permute(0, 3, 1, 2)[:, : len(checkpoint.preprocessing.channels)].float() - 128) / 64
+    with torch.no_grad():
+        model.logits(module.train(), images)
     return dataclasses.replace(checkpoint, tensors=module.state_dict())
 
 

@@ -20,7 +20,7 @@ from segray.cli import JOBS, main
 from segray.demo import Draw, draw
 
 ROOT = Path(__file__).parents[1]
-NUM_PHOTOS = 2000
+NUM_PHOTOS = 1000
 
 OPTIONS = {
     "label": [

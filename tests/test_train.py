@@ -1,3 +1,5 @@
+import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -68,14 +70,18 @@ def encoded_pair(target: np.ndarray) -> tuple[bytes, bytes]:
     return buffer.getvalue(), encode_png(target, CLASSES.palette)
 
 
-def test_a_run_on_ray_writes_a_checkpoint_that_labels(
-    fields: Path, tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = job(fields / "tar", tmp_path / "sink", num_epochs=4)
+@pytest.fixture(scope="session")
+def trained(fields: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tuple[Train, list[str]]:
+    """A job that has run, and the lines that it printed."""
+    settings = job(fields / "tar", tmp_path_factory.mktemp("trained"), num_epochs=4)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        train(settings)
+    return settings, printed.getvalue().splitlines()
 
-    train(settings)
 
-    checkpoint = model.load(str(tmp_path / "sink/checkpoint.safetensors"))
+def test_a_run_on_ray_writes_a_checkpoint_that_labels(trained: tuple[Train, list[str]]) -> None:
+    settings, printed = trained
+    checkpoint = model.load(f"{settings.sink}/checkpoint.safetensors")
     assert checkpoint.classes == CLASSES
     assert checkpoint.arguments == {"encoder_name": "tu-mobilenetv3_small_050", **json.loads(ARGUMENTS)}
     assert checkpoint.origin["command"] == settings.command()
@@ -92,19 +98,17 @@ def test_a_run_on_ray_writes_a_checkpoint_that_labels(
     assert isinstance(prediction, Prediction)
     assert prediction.label_map.shape == target.shape
 
-    printed = capsys.readouterr().out.splitlines()
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in printed if line.startswith("epoch")]
     assert len(losses) == 4
     assert losses[-1] < losses[0]
-    assert printed[-1] == f"wrote {tmp_path}/sink/checkpoint.safetensors"
+    assert printed[-1] == f"wrote {settings.sink}/checkpoint.safetensors"
 
 
-def test_one_seed_gives_one_checkpoint(fields: Path, tmp_path: Path, ray_cluster: None) -> None:
-    digests = []
-    for sink in ("a", "b"):
-        train(job(fields / "parquet", tmp_path / sink, num_epochs=1, seed=1, val=str(fields / "tar")))
-        digests.append(model.load(str(tmp_path / sink / "checkpoint.safetensors")).digest())
-    assert digests[0] == digests[1]
+def test_one_seed_gives_one_checkpoint(trained: tuple[Train, list[str]], tmp_path: Path) -> None:
+    settings, _ = trained
+    train(dataclasses.replace(settings, sink=str(tmp_path)))
+    digests = {model.load(f"{sink}/checkpoint.safetensors").digest() for sink in (settings.sink, tmp_path)}
+    assert len(digests) == 1
 
 
 def test_the_step_learns_without_ray() -> None:
