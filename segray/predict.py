@@ -53,8 +53,9 @@ class Predictor:
     """Holds a model in memory and labels batches of images with it.
 
     Images of any sizes may come together: those of one size share a batch, and those beyond
-    `tiling.size` are cut into tiles, which are batched, blended and stitched. A label map does
-    not depend on what an image was batched with.
+    `tiling.size` are cut into tiles, which are batched, blended and stitched. On a CPU a label map
+    does not depend on what an image was batched with; on a GPU it may, in pixels whose two largest
+    logits are equal up to rounding.
     """
 
     def __init__(
@@ -87,6 +88,8 @@ class Predictor:
         self._batch_size = batch_size
         self._device = torch.device(device)
         self._dtype = getattr(torch, dtype)
+        # Left alone, convolutions of float32 round their input to the 10 bits of TF32.
+        torch.backends.cudnn.allow_tf32 = False
         module = model.build(checkpoint)
         self._multiple = model.input_multiple(module)
         self._minimum = model.input_minimum(module)

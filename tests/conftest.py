@@ -88,7 +88,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
 
 @pytest.fixture(scope="session")
 def ray_cluster(s3: S3) -> Iterator[None]:
-    """A real Ray cluster in this process, with more logical CPUs than the machine may have, that knows the S3 server."""
+    """A real Ray cluster in this process, with more logical CPUs than the machine may have; it knows the S3 server."""
     import ray
 
     ray.init(
@@ -115,21 +115,36 @@ def random_checkpoint(
     preprocessing: Preprocessing | None = None,
     seed: int = 0,
 ) -> Checkpoint:
-    """A checkpoint of a named architecture with random weights, that tells drawn scenes apart.
+    """A checkpoint of a named architecture with random weights, that sees every class in scenes and in noise.
 
-    Its batch norms hold the statistics of such scenes: with those of a fresh module signals fade
-    on their way through a deep network, and every image would get the same label map.
+    Batch norms and logits are brought to the statistics of such images: with those of a fresh
+    module signals fade on their way through a deep network, and all label maps would be alike.
     """
     checkpoint = model.untrained(name, classes, preprocessing=preprocessing, seed=seed)
     module = model.build(checkpoint)
     for layer in module.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             layer.momentum = None  # the plain mean over what it sees
-    scenes = torch.from_numpy(np.stack([demo.scene(seed)[0][:192:2, :256:2] for seed in range(4)]))
-    images = (scenes.permute(0, 3, 1, 2)[:, : len(checkpoint.preprocessing.channels)].float() - 128) / 64
-    with torch.no_grad():
-        model.logits(module.train(), images)
-    return dataclasses.replace(checkpoint, tensors=module.state_dict())
+    rng = np.random.default_rng(seed)
+    noise = np.kron(rng.integers(0, 256, (2, 12, 16, 3), np.uint8), np.ones((1, 8, 8, 1), np.uint8))
+    scenes = np.stack([demo.scene(index)[0][:192:2, :256:2] for index in range(2)])
+    images = torch.from_numpy(np.concatenate([scenes, noise])).permute(0, 3, 1, 2)
+    values = (images[:, : len(checkpoint.preprocessing.channels)].float() - 128) / 64
+    with torch.inference_mode():
+        model.logits(module.train(), values)
+        logits = model.logits(module.eval(), values)
+    mean, scale = logits.mean((0, 2, 3)), logits.std((0, 2, 3)).clamp(min=1e-12)
+    tensors = dict(module.state_dict())
+    heads = [
+        (layer_name, layer)
+        for layer_name, layer in module.named_modules()
+        if isinstance(layer, torch.nn.Conv2d) and layer.out_channels == len(classes)
+    ]
+    for index, (layer_name, layer) in enumerate(heads):  # two in LR-ASPP, whose logits are their sum
+        assert layer.bias is not None
+        tensors[f"{layer_name}.weight"] = layer.weight.detach() / scale.view(-1, 1, 1, 1)
+        tensors[f"{layer_name}.bias"] = (layer.bias.detach() - (mean if index == 0 else 0)) / scale
+    return dataclasses.replace(checkpoint, tensors=tensors)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.transforms._presets import SemanticSegmentation
 
-from segray import model, predict
+from segray import demo, model, predict
 from segray.classes import Classes
 from segray.errors import Reject
 from segray.model import Preprocessing
@@ -24,6 +25,7 @@ from tests.conftest import CAMVID_CLASSES, random_checkpoint
 
 SMALL = "unet_tu-mobilenetv3_small_050"
 ABC = Classes(("a", "b", "c"))
+DEMO = Path(demo.__file__).with_name("demo.safetensors")
 IDENTITY = Preprocessing(mean=(0, 0, 0), std=(1, 1, 1))
 
 
@@ -39,27 +41,6 @@ def one_thread() -> Iterator[None]:
 @cache
 def checkpoint_bytes(name: str, preprocessing: Preprocessing, classes: Classes = CAMVID_CLASSES) -> bytes:
     return random_checkpoint(name, classes, preprocessing).to_bytes()
-
-
-@cache
-def lively_bytes(name: str, resize: int | None = None) -> bytes:
-    """A checkpoint whose random weights see every class in noise: its logits are centred and scaled there."""
-    checkpoint = random_checkpoint(name, preprocessing=Preprocessing(resize=resize))
-    module = model.build(checkpoint)
-    heads = [
-        (layer_name, layer)
-        for layer_name, layer in module.named_modules()
-        if isinstance(layer, nn.Conv2d) and layer.out_channels == len(CAMVID_CLASSES)
-    ]
-    with torch.inference_mode():
-        logits = model.logits(module, torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
-    mean, scale = logits.mean((0, 2, 3)), logits.std((0, 2, 3)).clamp(min=1e-12)
-    tensors = dict(module.state_dict())
-    for index, (layer_name, layer) in enumerate(heads):
-        assert layer.bias is not None
-        tensors[f"{layer_name}.weight"] = layer.weight.detach() / scale.view(-1, 1, 1, 1)
-        tensors[f"{layer_name}.bias"] = (layer.bias.detach() - (mean if index == 0 else 0)) / scale
-    return dataclasses.replace(checkpoint, tensors=tensors).to_bytes()
 
 
 def predictor(name: str = SMALL, preprocessing: Preprocessing | None = None, **settings: Any) -> Predictor:
@@ -170,7 +151,7 @@ def assert_is_argmax(label_map: np.ndarray, module: nn.Module, batch: Tensor, he
 @pytest.mark.parametrize("resize", [None, 64])
 @pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"])
 def test_torchvisions_own_forward_pass_gives_the_same_label_map(name: str, resize: int | None) -> None:
-    data = lively_bytes(name, resize)
+    data = checkpoint_bytes(name, Preprocessing(resize=resize))
     images = photos((48, 64), (57, 41), (48, 64))
     module = model.build(model.Checkpoint.from_bytes(data))
     transforms = SemanticSegmentation(resize_size=resize)
@@ -181,7 +162,7 @@ def test_torchvisions_own_forward_pass_gives_the_same_label_map(name: str, resiz
 
 
 def test_at_torchvisions_own_size_the_label_map_is_the_same_too() -> None:
-    data = lively_bytes("lraspp_mobilenet_v3_large", 520)
+    data = checkpoint_bytes("lraspp_mobilenet_v3_large", Preprocessing(resize=520))
     (image,) = photos((180, 240))
     batch = SemanticSegmentation(resize_size=520)(torch.from_numpy(image).permute(2, 0, 1))[None]
     assert batch.shape[-2:] == (520, 693)
@@ -194,7 +175,7 @@ def test_at_torchvisions_own_size_the_label_map_is_the_same_too() -> None:
     [(SMALL, 1), ("unetplusplus_mobilenet_v2", 32), ("pspnet_mobilenet_v2", 8), ("fpn_mobilenet_v2", 32)],
 )
 def test_smps_own_forward_pass_gives_the_same_label_map(name: str, multiple: int) -> None:
-    data = lively_bytes(name)
+    data = checkpoint_bytes(name, Preprocessing())
     images = photos((64, 96), (70, 45), (64, 96))
     module = model.build(model.Checkpoint.from_bytes(data))
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (Preprocessing().mean, Preprocessing().std))
@@ -208,7 +189,7 @@ def test_smps_own_forward_pass_gives_the_same_label_map(name: str, multiple: int
 
 @pytest.mark.parametrize("name", [SMALL, "lraspp_mobilenet_v3_large", "pspnet_mobilenet_v2"])
 def test_a_label_map_does_not_depend_on_what_it_was_batched_with(name: str) -> None:
-    data = lively_bytes(name)
+    data = checkpoint_bytes(name, Preprocessing())
     images = photos((64, 96), (96, 64), (64, 96), (64, 96), (33, 47), (64, 96), (96, 64))
     few, many = Predictor(lambda: data, batch_size=3), Predictor(lambda: data)
     alone = [only(many.predict([image]))[0] for image in images]
@@ -478,3 +459,18 @@ def test_the_number_of_threads_is_set() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("dtype", "agreeing"), [("float32", 0.9999), ("float16", 0.999), ("bfloat16", 0.99)])
+def test_a_gpu_gives_the_label_maps_of_the_cpu(
+    dtype: Literal["float32", "float16", "bfloat16"], agreeing: float
+) -> None:
+    images = [demo.scene(seed)[0] for seed in range(3)]
+    whole, tiled = Tiling(), Tiling(size=160, overlap=32)
+    for tiling in (whole, tiled):
+        on_cpu = only(Predictor(DEMO.read_bytes, tiling=tiling).predict(images))
+        on_gpu = only(Predictor(DEMO.read_bytes, tiling=tiling, device="cuda", dtype=dtype).predict(images))
+        for expected, given_ in zip(on_cpu, on_gpu, strict=True):
+            assert (expected.label_map == given_.label_map).mean() >= agreeing
+            assert given_.num_pixels.sum() == given_.label_map.size
