@@ -44,6 +44,7 @@ def main(job: str | None = None) -> NoReturn:
         print(f"segray: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
+        print("segray: stopped", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 

@@ -147,6 +147,15 @@ def random_checkpoint(
     return dataclasses.replace(checkpoint, tensors=tensors)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small models are slower on several threads, and far slower where others use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def checkpoint_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Writes a checkpoint with random weights, once for each name."""

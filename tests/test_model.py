@@ -1,6 +1,6 @@
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,7 @@ SMALL = "unet_tu-mobilenetv3_small_050"
 LRASPP_FILE = "lraspp_mobilenet_v3_large-d234d4ea.pth"
 NAMES = ("sky", "road", "tree")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small models are slower on several threads, and far slower where others use the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +60,7 @@ def test_the_known_models_are_torchvisions_and_smps() -> None:
 
 @pytest.mark.parametrize("name", [*TORCHVISION, *SMP])
 def test_a_checkpoint_survives_its_bytes_and_builds(name: str) -> None:
-    checkpoint = random_checkpoint(name)
+    checkpoint = model.untrained(name, CAMVID_CLASSES)
     checkpoint = dataclasses.replace(checkpoint, origin={"command": "train", "metrics": {"miou": 0.9}})
     again = Checkpoint.from_bytes(checkpoint.to_bytes())
     assert again.digest() == checkpoint.digest()
@@ -409,4 +402,4 @@ def test_encoders_whose_weights_bar_commercial_use_say_so() -> None:
 def test_input_multiples_are_those_that_the_libraries_demand() -> None:
     multiples = {"unetplusplus_mobilenet_v2": 32, "pspnet_mobilenet_v2": 8, "lraspp_mobilenet_v3_large": 1, SMALL: 1}
     for name, multiple in multiples.items():
-        assert model.input_multiple(model.build(random_checkpoint(name))) == multiple
+        assert model.input_multiple(model.build(model.untrained(name, CAMVID_CLASSES))) == multiple

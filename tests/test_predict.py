@@ -1,6 +1,6 @@
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -28,14 +28,7 @@ ABC = Classes(("a", "b", "c"))
 DEMO = Path(demo.__file__).with_name("demo.safetensors")
 IDENTITY = Preprocessing(mean=(0, 0, 0), std=(1, 1, 1))
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small models are slower on several threads, and far slower where others use the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @cache
