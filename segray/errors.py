@@ -5,12 +5,14 @@ SegrayError            one line for a person, then the exit status
 │   ├── SettingsError  a setting is out of its bounds
 │   ├── SourceError    the source cannot be read or holds no image
 │   ├── SinkError      the sink cannot be read or written
-│   └── ModelError     weights cannot be had or do not fit
+│   ├── ModelError     weights cannot be had or do not fit
+│   └── Locked         another run holds the sink's lock               exit 3
 ├── RunError           the run ended badly; what it committed is kept  exit 1
 └── Reject             one image cannot be labelled; it becomes a row of `rejects`
 """
 
 __all__ = [
+    "Locked",
     "ModelError",
     "Refused",
     "Reject",
@@ -48,6 +50,12 @@ class SinkError(Refused):
 
 class ModelError(Refused):
     """The model is not known, or its weights cannot be had or do not fit."""
+
+
+class Locked(Refused):
+    """Another run holds the sink's lock."""
+
+    exit_status = 3
 
 
 class RunError(SegrayError):

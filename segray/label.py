@@ -1,5 +1,7 @@
 """Labels images: source → fetch → decode → predict → encode → sink, as one Ray Data pipeline."""
 
+import _thread
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -10,7 +12,8 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from datetime import time as clock
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +24,9 @@ from tyro.conf import Positional
 import segray
 from segray.classes import Classes
 from segray.decode import decode
-from segray.errors import Reject, RunError, SettingsError, SourceError
+from segray.errors import Reject, RunError, SettingsError, SinkError, SourceError
 from segray.labelmap import dtype_for, encode_png
-from segray.progress import Fetched, Ledger, Snapshot, Totals, print_table, watch
+from segray.progress import STALL_SECONDS, Fetched, Ledger, Snapshot, Totals, print_table, watch
 from segray.tile import Tiling
 
 __all__ = ["Label", "Placement", "label", "place"]
@@ -32,9 +35,13 @@ __all__ = ["Label", "Placement", "label", "place"]
 
 _LABELLING = 1  # to be raised with any change of code that changes label maps: it begins new recipes
 _IMAGES_PER_BLOCK = 32
+_MAX_IMAGES_PER_BLOCK = 512
+_NUM_SMALL_BLOCKS = 1000
 _PIXEL_BYTES = 64 * 2**20
 _TASK_CPUS = 0.25  # beside a model that computes on all cores, the other stages mostly wait
 _THREADS = 4
+_LEDGER_SECONDS = 30
+_MAX_NAMED = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +57,21 @@ class Label:
 
     sink: Positional[str]
     """Folder or prefix of the label store; images that it already holds are skipped."""
+
+    retry_rejects: bool = False
+    """Take up again what was rejected; the new rows replace the old."""
+
+    max_images: int | None = None
+    """End after so many images, to go on another time."""
+
+    deadline: str | None = None
+    """End at this time, to go on another time: 06:00 (the next one, local), or ISO 8601."""
+
+    wait: float = 0.0
+    """Seconds to wait for another run that holds the sink's lock."""
+
+    dry_run: bool = False
+    """Say what would be labelled and how long it may take, and do nothing."""
 
     model: str
     """A model's name (deeplabv3_resnet50, unet_resnet34, …), or a segray checkpoint (.safetensors)."""
@@ -88,10 +110,14 @@ class Label:
     """CPU threads of each copy; None: 4, or what the smallest node has; with a GPU 1."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "actors", "threads", "max_pixels"):
+        for name in ("batch_size", "actors", "threads", "max_pixels", "max_images"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if self.wait < 0:
+            raise SettingsError(f"--wait {self.wait}: must be at least 0 seconds")
+        if self.deadline is not None:
+            _deadline(self.deadline, datetime.now())
         if not 0 <= self.max_rejects <= 1:
             raise SettingsError(f"--max-rejects {self.max_rejects}: is a share, from 0 to 1")
         if self.dtype == "float16" and self.device == "cpu":
@@ -133,87 +159,64 @@ def label(job: Label) -> None:
     """
     run = _Run(job)
 
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     from segray import model
-    from segray.predict import CPU_ENVIRONMENT, Predictor
+    from segray.lock import hold
     from segray.session import root_cause, session
-    from segray.sink import PartSink, Sink
+    from segray.sink import Sink
     from segray.source import Source
 
     source = Source(job.source, job.column)
     checkpoint = model.load(job.model, job.weights, job.classes)
     for notice in model.notices(checkpoint):
-        print(f"note: {notice}", file=sys.stderr)
-    classes = checkpoint.classes
+        _note(notice)
     recipe = _recipe(job, checkpoint)
     sink = Sink(job.sink, recipe["recipe"])
+    if job.dry_run:
+        _print_prospect(job, source, sink, recipe["recipe"])
+        return
 
-    with session() as ray:
+    lock = hold(
+        sink.filesystem,
+        sink.root,
+        run.run_id,
+        wait_seconds=job.wait,
+        say=_note,
+        lost=functools.partial(run.end, "the sink's lock was lost to another run, or could not be renewed"),
+    )
+    with lock, session() as ray:
         placement = place(job, ray.nodes())
-        done = sink.done()
+        parts = sink.parts()
+        done = sink.done(with_rejects=not job.retry_rejects)
         index = _index(source, done)
         sink.start(recipe)
-        done_ref, checkpoint_ref = ray.put(done), ray.put(checkpoint.to_bytes())
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        ledger = ray.remote(num_cpus=0, scheduling_strategy=here)(Ledger).remote()
-
-        def snapshot() -> Snapshot:
-            state: Snapshot = ray.get(ledger.snapshot.remote())
-            return state
-
-        task: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": placement.task_cpus}
+        ledger = _start_ledger(ray, job)
+        failure: str | None = None
         try:
             if index.blocks:
-                with watch(snapshot, index.num_loose, index.num_shards, run.started.timestamp(), run.samples):
-                    (
-                        ray.data.from_arrow_refs(index.blocks)
-                        .map_batches(
-                            _fetch, **task, fn_kwargs={"done": done_ref, "column": job.column, "ledger": ledger}
-                        )
-                        .map_batches(_decode, **task, fn_kwargs={"max_pixels": job.max_pixels})
-                        # map_batches would insist on a number of rows with a GPU. Ours are whole blocks,
-                        # which Ray bounds in bytes, however large the images are.
-                        .map_batches_internal(
-                            Predictor,
-                            batch_format="pyarrow",
-                            # The driver keeps the reference, so that an actor may start again.
-                            fn_constructor_args=[functools.partial(ray.get, checkpoint_ref)],
-                            fn_constructor_kwargs={
-                                "tiling": job.tiling,
-                                "batch_size": job.batch_size,
-                                "device": placement.device,
-                                "dtype": job.dtype,
-                                "num_threads": placement.threads,
-                            },
-                            compute=ray.data.ActorPoolStrategy(size=placement.actors, max_tasks_in_flight_per_actor=2),
-                            num_cpus=placement.actor_cpus,
-                            num_gpus=1 if placement.device == "cuda" else 0,
-                            runtime_env={"env_vars": CPU_ENVIRONMENT} if placement.device == "cpu" else None,
-                        )
-                        .map_batches(_encode, **task, fn_kwargs={"classes": classes, "ledger": ledger})
-                        .write_datasink(
-                            PartSink(sink, classes, run.run_id, ledger),
-                            # Less than the task before it, or Ray would fuse the two and keep a
-                            # whole part's label maps in memory until they are encoded.
-                            ray_remote_args={"num_cpus": placement.task_cpus / 2},
-                        )
-                    )
+                _run_pipeline(ray, job, run, checkpoint, sink, placement, index, done, ledger)
             run.status = "finished"
         except KeyboardInterrupt:
-            run.status = "interrupted"
-            raise
+            run.status, failure = ("failed", run.ended) if run.ended else ("interrupted", None)
         except Exception as error:  # Ray's wrapping of whatever happened in a worker
-            run.status = "failed"
-            raise RunError(
-                f"the run broke off: {root_cause(error)}; "
-                "what is committed stays, and the same command goes on from there"
-            ) from error
-        finally:
-            totals = Totals.of(ray.get(ledger.receipts.remote()), classes)
-            record = run.record(recipe["recipe"], index, snapshot(), totals, placement)
+            run.status, failure = "failed", root_cause(error)
+        try:
+            receipts = ray.get(ledger.receipts.remote(), timeout=_LEDGER_SECONDS)
+            state = ray.get(ledger.snapshot.remote(), timeout=_LEDGER_SECONDS)
+            if run.status == "finished":
+                written = {part for receipt in receipts for part in receipt.parts}
+                if job.retry_rejects or sink.parts() - parts - written:
+                    sink.done()  # a worker that died, or outlived an earlier driver, wrote rows that came twice
+            record = run.record(recipe["recipe"], index, state, Totals.of(receipts, checkpoint.classes), placement)
             sink.write_json(f"runs/{run.run_id}.json", record)
             _print_summary(job, record)
+        except Exception as error:  # the store or the cluster is gone; what matters is why the run ended
+            failure = failure or f"its record could not be written: {root_cause(error)}"
+    if failure:
+        raise RunError(
+            f"the run broke off: {failure}; what is committed stays, and the same command goes on from there"
+        )
+    if run.status == "interrupted":
+        raise KeyboardInterrupt
     counts = record["counts"]
     if counts["seen"] != counts["labelled"] + counts["rejected"] + counts["present"]:
         raise RunError(f"the counts do not add up: {counts}; the same command labels what is missing")
@@ -223,6 +226,105 @@ def label(job: Label) -> None:
             f"{counts['rejected']} of {attempted} images were rejected, more than --max-rejects {job.max_rejects}; "
             f"all else is committed, and {job.sink}/rejects says why"
         )
+
+
+def _start_ledger(ray: Any, job: Label) -> Any:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    deadline = None if job.deadline is None else _deadline(job.deadline, datetime.now()).timestamp()
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Ledger).remote(job.max_images, deadline)
+
+
+def _run_pipeline(
+    ray: Any,
+    job: Label,
+    run: "_Run",
+    checkpoint: Any,
+    sink: Any,
+    placement: Placement,
+    index: "_Index",
+    done: np.ndarray,
+    ledger: Any,
+) -> None:
+    from segray.predict import CPU_ENVIRONMENT, Predictor
+    from segray.sink import PartSink
+
+    classes = checkpoint.classes
+    done_ref, checkpoint_ref = ray.put(done), ray.put(checkpoint.to_bytes())
+
+    def snapshot() -> Snapshot:
+        state: Snapshot = ray.get(ledger.snapshot.remote())
+        return state
+
+    def stalled() -> None:
+        unread: list[str] = ray.get(ledger.unread.remote(), timeout=_LEDGER_SECONDS)
+        some = f"; begun and not read to the end: {', '.join(unread[:_MAX_NAMED])}" if unread else ""
+        more = f" and {len(unread) - _MAX_NAMED} more" if len(unread) > _MAX_NAMED else ""
+        state = snapshot()
+        total = index.num_loose or "?"
+        run.end(f"nothing went on for {STALL_SECONDS:.0f} s, {state.num_done} of {total} images were done{some}{more}")
+
+    task: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": placement.task_cpus}
+    with watch(snapshot, index.num_loose, index.num_shards, run.started.timestamp(), run.samples, stalled):
+        (
+            ray.data.from_arrow_refs(index.blocks)
+            .map_batches(_fetch, **task, fn_kwargs={"done": done_ref, "column": job.column, "ledger": ledger})
+            .map_batches(_decode, **task, fn_kwargs={"max_pixels": job.max_pixels})
+            # map_batches would insist on a number of rows with a GPU. Ours are whole blocks,
+            # which Ray bounds in bytes, however large the images are.
+            .map_batches_internal(
+                Predictor,
+                batch_format="pyarrow",
+                # The driver keeps the reference, so that an actor may start again.
+                fn_constructor_args=[functools.partial(ray.get, checkpoint_ref)],
+                fn_constructor_kwargs={
+                    "tiling": job.tiling,
+                    "batch_size": job.batch_size,
+                    "device": placement.device,
+                    "dtype": job.dtype,
+                    "num_threads": placement.threads,
+                    "beat": functools.partial(_beat, ledger),
+                },
+                compute=ray.data.ActorPoolStrategy(size=placement.actors, max_tasks_in_flight_per_actor=2),
+                num_cpus=placement.actor_cpus,
+                num_gpus=1 if placement.device == "cuda" else 0,
+                runtime_env={"env_vars": CPU_ENVIRONMENT} if placement.device == "cpu" else None,
+            )
+            .map_batches(_encode, **task, fn_kwargs={"classes": classes, "ledger": ledger})
+            .write_datasink(
+                PartSink(sink, classes, run.run_id, ledger),
+                # Less than the task before it, or Ray would fuse the two and keep a
+                # whole part's label maps in memory until they are encoded.
+                ray_remote_args={"num_cpus": placement.task_cpus / 2},
+            )
+        )
+
+
+def _beat(ledger: Any) -> None:
+    ledger.beat.remote()
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def _deadline(text: str, now: datetime) -> datetime:
+    """The moment that is meant: the next time of day, or a date and time; local unless it says otherwise.
+
+    Raises:
+        SettingsError: it is neither, or has passed.
+    """
+    with contextlib.suppress(ValueError):
+        moment = datetime.combine(now, clock.fromisoformat(text))
+        return moment if moment > now else moment + timedelta(days=1)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise SettingsError(f"--deadline {text}: give a time (06:00) or date and time (2030-01-31T06:00)") from error
+    if moment.timestamp() <= now.timestamp():
+        raise SettingsError(f"--deadline {text}: has passed; it is {now.isoformat(timespec='minutes')}")
+    return moment
 
 
 def place(job: Label, nodes: Sequence[Mapping[str, Any]]) -> Placement:
@@ -274,12 +376,17 @@ def _fetch(entries: pa.Table, *, done: Any, column: str | None, ledger: Any) -> 
     from segray.source import fetch, is_shard
 
     first = entries["uri"][0].as_py()
+    if not ray.get(ledger.begin.remote(first)):
+        return
     num_seen = num_present = 0
-    for table, num_skipped in fetch(entries, done=ray.get(done), column=column):
-        num_seen += table.num_rows + num_skipped
+    for number, (table, num_skipped) in enumerate(fetch(entries, done=ray.get(done), column=column)):
+        num_granted = ray.get(ledger.grant.remote(first, number, table.num_rows)) if table.num_rows else 0
+        num_seen += num_granted + num_skipped
         num_present += num_skipped
-        if table.num_rows:
-            yield table
+        if num_granted:
+            yield table.slice(0, num_granted)
+        if num_granted < table.num_rows:
+            break
     state = Fetched(num_seen=num_seen, num_present=num_present, is_shard=is_shard(first))
     ray.get(ledger.fetched.remote(first, state))
 
@@ -352,20 +459,29 @@ class _Index:
     """Objects that are neither images nor shards."""
 
 
+def _present(source: Any, done: np.ndarray) -> Iterator[tuple[pa.Table, np.ndarray]]:
+    """The source's entries, and which of them are loose images that are done."""
+    from segray.source import image_id, known
+
+    for table in source.entries():
+        uris, versions = table["uri"].to_pylist(), table["version"].to_pylist()
+        ids = [image_id(uri, version or "") for uri, version in zip(uris, versions, strict=True)]
+        yield table, known(np.array(ids, "S32"), done) & table["version"].is_valid().to_numpy()
+
+
 def _index(source: Any, done: np.ndarray) -> _Index:
     import ray
 
-    from segray.source import image_id, is_shard, known
+    from segray.source import is_shard
 
     blocks: list[Any] = []
     num_loose = num_shards = num_present = 0
-    for table in source.entries():
-        uris, versions = table["uri"].to_pylist(), table["version"].to_pylist()
-        shards = np.array([is_shard(uri) for uri in uris])
-        ids = [image_id(uri, version or "") for uri, version in zip(uris, versions, strict=True)]
-        present = known(np.array(ids, "S32"), done) & ~shards & table["version"].is_valid().to_numpy()
+    for table, present in _present(source, done):
+        shards = np.array([is_shard(uri) for uri in table["uri"].to_pylist()], bool)
         loose = table.filter(pa.array(~shards & ~present))
-        blocks += [ray.put(loose.slice(row, _IMAGES_PER_BLOCK)) for row in range(0, loose.num_rows, _IMAGES_PER_BLOCK)]
+        # Few at first, that all may begin; then more, that millions of images are some thousand blocks.
+        size = max(_IMAGES_PER_BLOCK, min(_MAX_IMAGES_PER_BLOCK, num_loose // _NUM_SMALL_BLOCKS))
+        blocks += [ray.put(loose.slice(row, size)) for row in range(0, loose.num_rows, size)]
         blocks += [ray.put(table.slice(row, 1)) for row in np.flatnonzero(shards)]
         num_loose += loose.num_rows
         num_shards += int(shards.sum())
@@ -386,7 +502,13 @@ class _Run:
         self.started = datetime.now(UTC)
         self.run_id = f"{self.started:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
         self.status: Literal["running", "finished", "interrupted", "failed"] = "running"
+        self.ended: str | None = None
         self.samples: list[tuple[float, int]] = []
+
+    def end(self, reason: str) -> None:
+        """Ends it from another thread."""
+        self.ended = reason
+        _thread.interrupt_main()
 
     def record(
         self, recipe: str, index: _Index, state: Snapshot, totals: Totals, placement: Placement
@@ -402,6 +524,7 @@ class _Run:
             "run_id": self.run_id,
             "recipe": recipe,
             "status": self.status,
+            "ended": self.ended or ("at its bound" if state.is_bounded else None),
             "segray": segray.__version__,
             "job": dataclasses.asdict(self._job),
             "placement": dataclasses.asdict(placement),
@@ -453,6 +576,37 @@ def _recipe(job: Label, checkpoint: Any) -> dict[str, Any]:
     }
 
 
+def _print_prospect(job: Label, source: Any, sink: Any, recipe: str) -> None:
+    """What a run would do, and by the newest run of this recipe how long it would take."""
+    from segray.source import is_shard
+    from segray.store import LabelStore
+
+    done = sink.done(with_rejects=not job.retry_rejects, repair=False)
+    num_loose = num_shards = num_present = 0
+    for table, present in _present(source, done):
+        shards = np.array([is_shard(uri) for uri in table["uri"].to_pylist()], bool)
+        num_shards += int(shards.sum())
+        num_present += int(present.sum())
+        num_loose += table.num_rows - int((shards | present).sum())
+    print_table(
+        ["dry run", ""],
+        [
+            ["loose images to label", f"{num_loose:,}"],
+            ["already there", f"{num_present:,}"],
+            ["shards, opened to see what is new", f"{num_shards:,}"],
+        ],
+    )
+    with contextlib.suppress(SinkError):  # there is no store yet
+        for record in LabelStore.open(job.sink).runs():
+            if record["recipe"] == recipe and (rate := record["images_per_second"]):
+                seconds = record["seconds"]["start"] + num_loose / rate
+                print(
+                    f"about {timedelta(seconds=round(seconds))} for the loose images, at run {record['run_id']}'s rate"
+                )
+                return
+    print("no run of this recipe in the sink to tell its time from; try --max-images 1000 first")
+
+
 def _print_summary(job: Label, record: Mapping[str, Any]) -> None:
     counts, seconds = record["counts"], record["seconds"]
     rows = [[name, f"{counts[name]:,}"] for name in ("seen", "labelled", "present", "rejected")]
@@ -460,7 +614,8 @@ def _print_summary(job: Label, record: Mapping[str, Any]) -> None:
     rows += [[f"  {r['stage']}: {r['kind']}", f"{r['num_images']:,}"] for r in record["rejects"]]
     if counts["other_files"]:
         rows.append(["other files, not images", f"{counts['other_files']:,}"])
-    print(f"run {record['run_id']} of recipe {record['recipe']}: {record['status']}")
+    ended = f" ({record['ended']})" if record["ended"] else ""
+    print(f"run {record['run_id']} of recipe {record['recipe']}: {record['status']}{ended}")
     print_table(["images", ""], rows)
     if counts["labelled"]:
         print_table(
@@ -482,7 +637,7 @@ def _print_summary(job: Label, record: Mapping[str, Any]) -> None:
         + (f", then {rate:.1f} images/s" if rate else "")
     )
     print(f"written to {job.sink}")
-    if record["status"] != "finished":
+    if record["status"] != "finished" or record["ended"]:
         print("what is committed stays; run the same command again and it goes on from there")
     script = Path(sys.argv[0])
     report = f"python {script.with_name('report.py')}" if script.name == "label.py" else "segray report"

@@ -67,6 +67,7 @@ class Predictor:
         device: str = "cpu",
         dtype: DType = "float32",
         num_threads: int | None = None,
+        beat: Callable[[], object] = lambda: None,
     ) -> None:
         """Builds the model on its device.
 
@@ -78,7 +79,9 @@ class Predictor:
             device: torch's name of a device.
             dtype: what the forward pass computes in; logits are float32 from there on.
             num_threads: threads of the forward pass on a CPU. None: torch's default.
+            beat: is called after each forward pass, as a sign of life.
         """
+        self._beat = beat
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         checkpoint = Checkpoint.from_bytes(read_checkpoint())
@@ -157,14 +160,31 @@ class Predictor:
                     results[index] = Reject("predict", "too elongated", detail)
                 continue
             for some in _split(indices, self._num_together(*self._input_size(height, width))):
-                pixels = self._resized(torch.from_numpy(np.stack([images[index] for index in some])))
-                if max(pixels.shape[-2:]) > self._tiling.size:
-                    predictions = [self._predict_tiled(image, height, width) for image in pixels]
-                else:
-                    predictions = self._label(self._logits(pixels), height, width)
+                predictions = self._predict_alike([images[index] for index in some])
                 for index, prediction in zip(some, predictions, strict=True):
                     results[index] = prediction
         return [_checked(result) for result in results]
+
+    def _predict_alike(
+        self, images: Sequence[UInt8[np.ndarray, "height width 3"]], *, num_tiles: int | None = None
+    ) -> Sequence[Prediction | Reject]:
+        """Images of one size, in one batch; where that fails, in halves, and at last one image and tile at a time."""
+        height, width = images[0].shape[:2]
+        is_tiled = max(self._input_size(height, width)) > self._tiling.size
+        try:
+            pixels = self._resized(torch.from_numpy(np.stack(images)))
+            if is_tiled:
+                return [self._predict_tiled(image, height, width, num_tiles) for image in pixels]
+            return self._label(self._logits(pixels), height, width)
+        except torch.AcceleratorError:  # the GPU's state is lost with it
+            raise
+        except RuntimeError as error:
+            reject = _failed(error, height, width)
+        torch.cuda.empty_cache()  # outside of the handler, whose traceback would hold the batch
+        if len(images) == 1:
+            return self._predict_alike(images, num_tiles=1) if is_tiled and num_tiles is None else [reject]
+        half = len(images) // 2
+        return [*self._predict_alike(images[:half]), *self._predict_alike(images[half:])]
 
     def _input_size(self, height: int, width: int) -> tuple[int, int]:
         resize = self._preprocessing.resize
@@ -208,6 +228,7 @@ class Predictor:
         values = values.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
             logits = model.logits(self._module, values).float()
+        self._beat()
         if logits.shape[-2:] != values.shape[-2:]:
             logits = F.interpolate(logits, values.shape[-2:], mode="bilinear", align_corners=False)
         return logits[..., :height, :width]
@@ -216,12 +237,15 @@ class Predictor:
         least = max(length, self._minimum)
         return least + -least % self._multiple - length
 
-    def _predict_tiled(self, pixels: UInt8[Tensor, "3 h w"], height: int, width: int) -> Prediction:
+    def _predict_tiled(
+        self, pixels: UInt8[Tensor, "3 h w"], height: int, width: int, num_together: int | None
+    ) -> Prediction:
         input_height, input_width = pixels.shape[-2:]
+        together = num_together or self._num_together(input_height, input_width)
         cut = windows(input_height, input_width, self._tiling)
 
         def tiles() -> Iterator[tuple[Window, Tensor]]:
-            for some in _split(cut, self._num_together(input_height, input_width)):
+            for some in _split(cut, together):
                 batch = torch.stack([pixels[:, window.rows, window.cols] for window in some])
                 yield from zip(some, self._logits(batch), strict=True)
 
@@ -281,6 +305,13 @@ class Predictor:
             label_map = torch.where(largest > best, index + first, label_map)
             best = new_best
         return label_map, 1 / total
+
+
+def _failed(error: RuntimeError, height: int, width: int) -> Reject:
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, torch.OutOfMemoryError) or "memory" in text:
+        return Reject("predict", "out of memory", f"{width}×{height} alone; lower --tiling.size: {text}")
+    return Reject("predict", "the model failed", f"{width}×{height}: {text}")
 
 
 def _checked(result: Prediction | Reject) -> Prediction | Reject:

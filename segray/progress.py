@@ -20,7 +20,10 @@ from segray.classes import Classes
 if TYPE_CHECKING:
     from segray.sink import Receipt
 
-__all__ = ["Fetched", "Ledger", "Snapshot", "Totals", "print_table", "watch"]
+__all__ = ["STALL_SECONDS", "Fetched", "Ledger", "Snapshot", "Totals", "print_table", "watch"]
+
+STALL_SECONDS = 300.0
+"""How long a run may show no sign of life."""
 
 _LINE_SECONDS = 10
 _LOOK_SECONDS = 0.5
@@ -61,6 +64,10 @@ class Snapshot:
     """When the last one was."""
     num_done_first: int
     """Images that were done at `first_done`."""
+    is_bounded: bool
+    """Whether images were left for another time."""
+    num_signs: int
+    """Signs of life since a model was first at work (nodes may take long to come); it grows as long as they do."""
 
 
 class Ledger:
@@ -69,8 +76,19 @@ class Ledger:
     `encoded` alone may count twice; it feeds the progress bar and nothing else.
     """
 
-    def __init__(self) -> None:
-        """Starts empty."""
+    def __init__(self, max_images: int | None = None, deadline: float | None = None) -> None:
+        """Starts empty.
+
+        Args:
+            max_images: how many may be read.
+            deadline: when reading is to end, seconds since the epoch.
+        """
+        self._left = max_images
+        self._deadline = deadline
+        self._grants: dict[str, int] = {}
+        self._begun: set[str] = set()
+        self._is_bounded = False
+        self._num_beats = 0
         self._fetched: dict[str, Fetched] = {}
         self._receipts: dict[str, Receipt] = {}
         self._num_done = 0
@@ -79,9 +97,36 @@ class Ledger:
         self._first: float | None = None
         self._last: float | None = None
 
+    def begin(self, key: str) -> bool:
+        """Whether a block of the index, named by its first URI, may be read; no more when the bound is reached."""
+        is_over = self._left == 0 or (self._deadline is not None and time.time() >= self._deadline)
+        if is_over and key not in self._begun:
+            self._is_bounded = True
+            return False
+        self._begun.add(key)
+        return True
+
+    def grant(self, key: str, number: int, num_images: int) -> int:
+        """How many images of a block's table of this number may go on."""
+        asked = f"{key}\0{number}"
+        if asked not in self._grants:
+            self._grants[asked] = num_images if self._left is None else min(num_images, self._left)
+            if self._left is not None:
+                self._left -= self._grants[asked]
+            self._is_bounded |= self._grants[asked] < num_images
+        return self._grants[asked]
+
     def fetched(self, key: str, state: Fetched) -> None:
         """A block of the index, named by its first URI, has been read."""
         self._fetched[key] = state
+
+    def beat(self) -> None:
+        """A model is at work."""
+        self._num_beats += 1
+
+    def unread(self) -> list[str]:
+        """The blocks that were begun and are not read to their end, by their first URI."""
+        return sorted(self._begun - self._fetched.keys())
 
     def encoded(self, num_done: int, num_rejected: int) -> None:
         """So many more images went through."""
@@ -112,6 +157,8 @@ class Ledger:
             first_done=self._first,
             last_done=self._last,
             num_done_first=self._num_done_first,
+            is_bounded=self._is_bounded,
+            num_signs=self._num_beats and self._num_beats + len(self._grants) + len(self._receipts),
         )
 
 
@@ -155,7 +202,12 @@ class Totals:
 
 @contextmanager
 def watch(
-    snapshot: Callable[[], Snapshot], num_loose: int, num_shards: int, started: float, samples: list[tuple[float, int]]
+    snapshot: Callable[[], Snapshot],
+    num_loose: int,
+    num_shards: int,
+    started: float,
+    samples: list[tuple[float, int]],
+    stalled: Callable[[], None],
 ) -> Iterator[None]:
     """Shows how a run goes: a live bar on a terminal, elsewhere a line every 10 seconds.
 
@@ -165,6 +217,7 @@ def watch(
         num_shards: shards to read.
         started: when the run did, seconds since the epoch.
         samples: is given (seconds since then, images done), some hundred in all.
+        stalled: is called, in another thread, when nothing has gone on for 5 minutes.
     """
     stop = threading.Event()
     console = Console(stderr=True)
@@ -180,10 +233,16 @@ def watch(
 
     def show() -> None:
         next_line, next_sample, sample_seconds = time.time() + _LINE_SECONDS, 0.0, _LOOK_SECONDS
+        num_signs, last_sign = 0, time.time()
         while not stop.wait(_LOOK_SECONDS):
             try:
                 state, now = snapshot(), time.time()
             except Exception:  # the ledger is gone, and the run ends with a better word on it
+                return
+            if state.num_signs != num_signs:
+                num_signs, last_sign = state.num_signs, now
+            elif num_signs and now - last_sign > STALL_SECONDS:
+                stalled()
                 return
             total = _expected(state, num_loose, num_shards)
             text = _describe(state, total)

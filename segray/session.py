@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from segray.errors import Refused
+from segray.errors import Refused, SegrayError
 
 __all__ = ["root_cause", "session"]
 
@@ -50,9 +50,10 @@ def session() -> Iterator[ModuleType]:
 
 def root_cause(error: BaseException) -> str:
     """The first line of what lies under Ray's wrappings of a worker's exception."""
-    while cause := getattr(error, "cause", None) or error.__cause__:
+    while not isinstance(error, SegrayError) and (cause := getattr(error, "cause", None) or error.__cause__):
         error = cause
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:500]
+    text = str(error) if isinstance(error, SegrayError) else f"{type(error).__name__}: {error}"
+    return text.strip().splitlines()[0][:500]
 
 
 @contextmanager

@@ -8,15 +8,22 @@
 
 A part is named by the digest of the image_ids in it and is written whole or not at all. The
 statistics part goes first; the label_maps part of the same name is the commit.
+
+What an interrupted run leaves is put in order by the next one: temporary files and statistics
+without label maps are removed, and an image that came twice (a worker died between its commit
+and its receipt, or outlived its driver) keeps one row.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +40,7 @@ from ray.data.block import Block
 
 from segray.classes import Classes
 from segray.errors import SinkError
+from segray.retry import retrying
 
 __all__ = ["LABELLED", "LABEL_MAPS", "REJECTS", "STATISTICS", "PartSink", "Receipt", "Sink"]
 
@@ -92,6 +100,8 @@ LABELLED = pa.schema(
 """What `Sink.write` takes: a row an image, labelled (`reason` is null) or rejected."""
 
 _PART_BYTES = 64 * 2**20
+_REQUESTS_IN_FLIGHT = 32
+_TEMPORARY = re.compile(r"\.(part-[0-9a-f]{32}\.parquet|[\w-]+\.json)\.\w+\.tmp")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,10 +120,17 @@ class Receipt:
     """Pixels of each class."""
     confidence_sum: Float64[np.ndarray, " num_classes"]
     """Sum of the confidence over the pixels of each class."""
+    parts: tuple[str, ...]
+    """Its parts, as `label_maps/NAME` and `rejects/NAME`."""
 
 
 class Sink:
-    """One recipe's share of a sink."""
+    """One recipe's share of a sink.
+
+    Attributes:
+        filesystem: fsspec's, without a cache of listings.
+        root: the sink's path in it.
+    """
 
     def __init__(self, sink: str, recipe: str) -> None:
         """Names the place; nothing is read or written yet.
@@ -128,46 +145,104 @@ class Sink:
         if "://" not in sink:
             sink = os.path.abspath(sink)
         try:
-            self._fs, root = url_to_fs(sink, use_listings_cache=False)
+            self.filesystem, root = url_to_fs(sink, use_listings_cache=False)
         except Exception as error:  # an unknown protocol, or its package is not installed
             raise SinkError(f"{sink} cannot be used: {type(error).__name__}: {error}") from error
-        self._root = root.rstrip("/")
+        self.root = root.rstrip("/")
         self._recipe = recipe
 
     def start(self, recipe: dict[str, Any]) -> None:
-        """Describes the recipe, and removes statistics whose label maps were never committed.
+        """Describes the recipe, and removes what an earlier run left half done: temporary files, orphans.
 
         Raises:
             SinkError: the sink cannot be written.
         """
         try:
             self.write_json(f"recipes/{self._recipe}.json", recipe)
-            for orphan in self._parts("statistics") - self._parts("label_maps"):
-                self._fs.rm_file(f"{self._folder('statistics')}/{orphan}")
+            for orphan in self._parts("statistics").keys() - self._parts("label_maps").keys():
+                self._remove("statistics", orphan)
+            if isinstance(self.filesystem, LocalFileSystem):
+                for folder in (*map(self._folder, ("label_maps", "statistics", "rejects")), f"{self.root}/runs"):
+                    for path in self._list(folder):
+                        if _TEMPORARY.fullmatch(path.rpartition("/")[2]):
+                            os.unlink(path)
         except Exception as error:  # whatever the store's client raises
-            raise SinkError(f"{self._root} cannot be written: {type(error).__name__}: {error}") from error
+            raise SinkError(f"{self.root} cannot be written: {type(error).__name__}: {error}") from error
 
-    def done(self) -> np.ndarray:
+    def parts(self) -> set[str]:
+        """All parts that hold images, as `label_maps/NAME` and `rejects/NAME`."""
+        return {f"{kind}/{part}" for kind in ("label_maps", "rejects") for part in self._parts(kind)}
+
+    def done(self, *, with_rejects: bool = True, repair: bool = True) -> np.ndarray:
         """The image_ids that are labelled or rejected, sorted, as numpy's `S32`.
 
+        Args:
+            with_rejects: whether rejects count as done.
+            repair: whether the second row of an image that came twice is removed.
+
         Raises:
-            SinkError: a part cannot be read.
+            SinkError: a part cannot be read, or not be replaced.
         """
-        found = [np.array([], "S32")]
-        for kind in ("label_maps", "rejects"):
-            for part in sorted(self._parts(kind)):
-                path = f"{self._folder(kind)}/{part}"
-                try:
-                    with self._fs.open(path, "rb") as file:
-                        ids = pq.read_table(file, columns=["image_id"]).column(0)
-                except Exception as error:  # as above, and damaged parts
-                    raise SinkError(
-                        f"{path} cannot be read ({type(error).__name__}: {error}); "
-                        "move it away and its images are done again"
-                    ) from error
-                for piece in pc.cast(pc.cast(ids, pa.binary()), pa.binary(32)).chunks:
-                    found.append(np.frombuffer(piece.buffers()[1], "S32", len(piece), piece.offset * 32))
-        return np.sort(np.concatenate(found))
+        parts, ids, positions = self._image_ids()
+        order = np.argsort(ids, kind="stable")
+        ids, positions = ids[order], positions[order]
+        is_first = np.ones(len(ids), bool)
+        is_first[1:] = ids[1:] != ids[:-1]
+        for position in np.unique(positions[~is_first]) if repair else ():
+            # Stable, and the parts are in the order of their worth: the first row is the one to keep.
+            kind, part = parts[position]
+            self._drop(kind, part, ids[~is_first & (positions == position)])
+        if with_rejects:
+            return ids[is_first]
+        is_labelled = np.array([kind == "label_maps" for kind, _ in parts], bool)
+        return ids[is_first & is_labelled[positions]] if parts else ids
+
+    def _image_ids(self) -> tuple[list[tuple[str, str]], np.ndarray, np.ndarray]:
+        """The parts, label maps before rejects and new rejects before old ones; every image_id; of which part it is."""
+        parts = [("label_maps", part) for part in sorted(self._parts("label_maps"))]
+        rejects = self._parts("rejects")
+        parts += [("rejects", part) for part in sorted(rejects, key=lambda part: (rejects[part], part), reverse=True)]
+        with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
+            found = list(pool.map(self._ids_of, parts))
+        ids = np.concatenate([np.array([], "S32"), *found])
+        positions = np.repeat(np.arange(len(parts), dtype=np.int32), [len(some) for some in found])
+        return parts, ids, positions
+
+    def _ids_of(self, part: tuple[str, str]) -> np.ndarray:
+        ids = self._read(*part, ["image_id"]).column(0)
+        return np.concatenate([np.array([], "S32"), *(chunk.to_numpy(False).astype("S32") for chunk in ids.chunks)])
+
+    def _read(self, kind: str, part: str, columns: list[str] | None = None) -> pa.Table:
+        path = f"{self._folder(kind)}/{part}"
+
+        def read() -> pa.Table:
+            with self.filesystem.open(path, "rb") as file:
+                return pq.read_table(file, columns=columns)
+
+        try:
+            return retrying(read)
+        except Exception as error:  # whatever the store's client raises, and damaged parts
+            raise SinkError(
+                f"{path} cannot be read ({type(error).__name__}: {error}); "
+                "move it away, and the next run does its images again"
+            ) from error
+
+    def _drop(self, kind: str, part: str, ids: np.ndarray) -> None:
+        """Rewrites a part without these images: what stays is written before the part goes."""
+        superfluous = pa.array(ids.astype(str))
+        rows = self._read(kind, part)
+        rest = rows.filter(pc.invert(pc.is_in(rows["image_id"], superfluous)))
+        name = _part_name(rest)
+        if kind == "label_maps":
+            statistics = self._read("statistics", part)
+            kept = statistics.filter(pc.invert(pc.is_in(statistics["image_id"], superfluous)))
+            if rest.num_rows:
+                self._put_table("statistics", name, kept, STATISTICS)
+        if rest.num_rows:
+            self._put_table(kind, name, rest, LABEL_MAPS if kind == "label_maps" else REJECTS)
+        self._remove(kind, part)
+        if kind == "label_maps":
+            self._remove("statistics", part)
 
     def write(self, rows: pa.Table, classes: Classes, run_id: str) -> Iterator[Receipt]:
         """Commits labelled and rejected images, in parts of at most about 64 MiB.
@@ -188,22 +263,26 @@ class Sink:
 
     def write_json(self, path: str, value: dict[str, Any]) -> None:
         """Writes a small document, whole or not at all; `path` is relative to the sink."""
-        self._put(f"{self._root}/{path}", json.dumps(value, indent=1).encode())
+        self._put(f"{self.root}/{path}", json.dumps(value, indent=1).encode())
 
     def _write_part(self, rows: pa.Table, classes: Classes, run_id: str) -> Receipt:
         is_labelled = pc.is_null(rows["reason"])
         labelled, rejected = rows.filter(is_labelled), rows.filter(pc.invert(is_labelled))
 
+        parts: list[str] = []
         shape = (-1, len(classes))
         num_pixels = _flat(labelled["num_pixels"], np.int64).reshape(shape)
         confidence_sum = _flat(labelled["confidence_sum"], np.float64).reshape(shape)
         if labelled.num_rows:
             statistics = _statistics(labelled, num_pixels, confidence_sum, classes)
             part = _part_name(labelled)
-            self._put_table("statistics", part, statistics, STATISTICS, run_id)
-            self._put_table("label_maps", part, labelled, LABEL_MAPS, run_id)
+            self._put_table("statistics", part, _of_run(statistics, run_id), STATISTICS)
+            self._put_table("label_maps", part, _of_run(labelled, run_id), LABEL_MAPS)
+            parts.append(f"label_maps/{part}")
         if rejected.num_rows:
-            self._put_table("rejects", _part_name(rejected), rejected, REJECTS, run_id)
+            part = _part_name(rejected)
+            self._put_table("rejects", part, _of_run(rejected, run_id), REJECTS)
+            parts.append(f"rejects/{part}")
         reasons = zip(rejected["stage"].to_pylist(), rejected["reason"].to_pylist(), strict=True)
         return Receipt(
             key=_part_name(rows),
@@ -212,32 +291,44 @@ class Sink:
             num_images=(num_pixels > 0).sum(0),
             num_pixels=num_pixels.sum(0),
             confidence_sum=confidence_sum.sum(0),
+            parts=tuple(parts),
         )
 
-    def _put_table(self, kind: str, part: str, table: pa.Table, schema: pa.Schema, run_id: str) -> None:
-        table = table.append_column("run_id", pa.repeat(run_id, table.num_rows))
+    def _put_table(self, kind: str, part: str, table: pa.Table, schema: pa.Schema) -> None:
         buffer = io.BytesIO()
         pq.write_table(table.select(schema.names).cast(schema), buffer, compression="zstd")
         self._put(f"{self._folder(kind)}/{part}", buffer.getvalue())
 
     def _folder(self, kind: str) -> str:
-        return f"{self._root}/{kind}/recipe={self._recipe}"
+        return f"{self.root}/{kind}/recipe={self._recipe}"
 
-    def _parts(self, kind: str) -> set[str]:
+    def _parts(self, kind: str) -> dict[str, str]:
+        """The names of a table's parts, and when each was written (in the store's own form, which sorts)."""
+        found = {path.rpartition("/")[2]: info for path, info in self._list(self._folder(kind)).items()}
+        return {
+            name: str(info.get("LastModified") or info.get("mtime") or "")
+            for name, info in found.items()
+            if name.startswith("part-") and name.endswith(".parquet")
+        }
+
+    def _list(self, folder: str) -> dict[str, dict[str, Any]]:
         try:
-            paths = self._fs.ls(self._folder(kind), detail=False)
+            return {info["name"]: info for info in retrying(lambda: self.filesystem.ls(folder, detail=True))}
         except FileNotFoundError:
-            return set()
-        names = {path.rpartition("/")[2] for path in paths}
-        return {name for name in names if name.startswith("part-") and name.endswith(".parquet")}
+            return {}
+
+    def _remove(self, kind: str, part: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.filesystem.rm_file(f"{self._folder(kind)}/{part}")
 
     def _put(self, path: str, data: bytes) -> None:
-        if not isinstance(self._fs, LocalFileSystem):
-            self._fs.pipe_file(path, data)  # an object appears whole or not at all
+        if not isinstance(self.filesystem, LocalFileSystem):
+            # An object appears whole or not at all.
+            retrying(lambda: self.filesystem.pipe_file(path, data))
             return
-        folder = os.path.dirname(path)
+        folder, name = os.path.split(path)
         os.makedirs(folder, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".tmp", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}.", suffix=".tmp", delete=False) as file:
             try:
                 file.write(data)
                 file.flush()
@@ -278,6 +369,10 @@ class PartSink(Datasink[None]):
 def _part_name(rows: pa.Table) -> str:
     ids = "".join(sorted(rows["image_id"].to_pylist()))
     return f"part-{hashlib.blake2b(ids.encode(), digest_size=16).hexdigest()}.parquet"
+
+
+def _of_run(rows: pa.Table, run_id: str) -> pa.Table:
+    return rows.append_column("run_id", pa.repeat(run_id, rows.num_rows))
 
 
 def _flat(lists: pa.ChunkedArray, dtype: type[np.generic]) -> np.ndarray:

@@ -11,9 +11,10 @@ import hashlib
 import os
 import re
 import tarfile
+import time
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import PurePosixPath
@@ -27,7 +28,8 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from jaxtyping import Bool, Shaped
 
-from segray.errors import Reject, SourceError
+from segray.errors import Reject, RunError, SourceError
+from segray.retry import PAUSES_SECONDS, ShortRead, is_refusal, is_transient, retrying
 
 __all__ = ["ENTRIES", "FETCHED", "Source", "fetch", "image_id", "is_shard", "known", "read_images", "tar_samples"]
 
@@ -62,7 +64,9 @@ _MAX_SAMPLE_MEMBERS = 64  # names with dots share a key for a whole shard: those
 _ASSUMED_BYTES = 4 * 2**20
 _REQUESTS_IN_FLIGHT = 64
 
-_Wanted = tuple[str, str, str, int | Reject]  # image_id, uri, version, size in bytes
+_S3_SETTINGS = {"connect_timeout": 10, "read_timeout": 30, "retries": {"max_attempts": 2}}
+
+_Wanted = tuple[str, str, str, int | Reject | None]  # image_id, uri, version, size in bytes where it is known
 
 
 def image_id(uri: str, version: str) -> str:
@@ -301,8 +305,10 @@ def tar_samples(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
 def _filesystem(uri: str) -> tuple[Any, str]:
     if "://" not in uri:
         uri = os.path.abspath(uri)
+    # What hangs is tried again, here, after less than botocore's minute.
+    settings = {"config_kwargs": _S3_SETTINGS} if uri.startswith(("s3://", "s3a://")) else {}
     # A listing kept for the next call would hold every key of a bucket in memory.
-    fs, path = url_to_fs(uri, use_listings_cache=False)
+    fs, path = url_to_fs(uri, use_listings_cache=False, **settings)
     return fs, path
 
 
@@ -320,6 +326,19 @@ def _reject(error: Exception) -> Reject:
     else:
         kind = "unreadable"
     return Reject("fetch", kind, _text(error))
+
+
+def _final(error: Exception) -> Reject:
+    """What is wrong with one image, after all tries.
+
+    Raises:
+        RunError: it is the store that cannot be reached; nothing is known of the image.
+    """
+    if is_transient(error):
+        raise RunError(f"the source was tried {len(PAUSES_SECONDS) + 1} times in vain: {_text(error)}") from error
+    if is_refusal(error):
+        raise RunError(f"the source refuses the credentials: {_text(error)}") from error
+    return _reject(error)
 
 
 def _version(info: dict[str, Any]) -> str:
@@ -423,10 +442,10 @@ def _fetch_loose(rows: Sequence[dict[str, Any]], done: np.ndarray) -> Iterator[t
         if _known(identity, done):
             num_present += 1
         else:
-            size = version if isinstance(version, Reject) else row["size_bytes"] or _ASSUMED_BYTES
+            size = version if isinstance(version, Reject) else row["size_bytes"]
             wanted.append((identity, row["uri"], known, size))
     for some in _by_bytes(wanted):
-        contents = _cat([uri for _, uri, _, size in some if not isinstance(size, Reject)])
+        contents = _cat({uri: size for _, uri, _, size in some if not isinstance(size, Reject)})
         for table in _batches((i, uri, v, s if isinstance(s, Reject) else contents[uri]) for i, uri, v, s in some):
             yield table, num_present
             num_present = 0
@@ -440,7 +459,7 @@ def _by_bytes(wanted: Iterable[_Wanted]) -> Iterator[list[_Wanted]]:
     size_bytes = 0
     for image in wanted:
         some.append(image)
-        size_bytes += image[3] if isinstance(image[3], int) else 0
+        size_bytes += 0 if isinstance(image[3], Reject) else image[3] or _ASSUMED_BYTES
         if size_bytes >= _BYTES_PER_BATCH:
             yield some
             some, size_bytes = [], 0
@@ -453,13 +472,39 @@ def _look_up(row: dict[str, Any]) -> str | Reject:
         return str(row["version"])
     try:
         fs, path = _filesystem(row["uri"])
-        return _version(fs.info(path))
+        return _version(retrying(lambda: fs.info(path)))
     except Exception as error:  # whatever the store's client raises
-        return _reject(error)
+        return _final(error)
 
 
-def _cat(uris: Sequence[str]) -> dict[str, bytes | Reject]:
+def _cat(sizes: Mapping[str, int | None]) -> dict[str, bytes | Reject]:
+    """The bytes of objects, with many requests in flight; what fails for a while is asked for again.
+
+    Args:
+        sizes: how many bytes each URI should give, where that is known.
+    """
     contents: dict[str, bytes | Reject] = {}
+    wanted = list(sizes)
+    for pause in (*PAUSES_SECONDS, None):
+        failed = []
+        for uri, data in _cat_once(wanted):
+            size = sizes[uri]
+            if isinstance(data, bytes) and size is not None and len(data) < size:
+                data = ShortRead(uri, len(data), size)
+            if isinstance(data, bytes):
+                contents[uri] = data
+            elif pause is not None and is_transient(data):
+                failed.append(uri)
+            else:
+                contents[uri] = _final(data)
+        if pause is None or not failed:
+            break
+        time.sleep(pause)
+        wanted = failed
+    return contents
+
+
+def _cat_once(uris: Iterable[str]) -> Iterator[tuple[str, bytes | Exception]]:
     by_protocol: dict[str, list[str]] = {}
     for uri in uris:
         by_protocol.setdefault(uri.partition("://")[0], []).append(uri)
@@ -473,38 +518,48 @@ def _cat(uris: Sequence[str]) -> dict[str, bytes | Reject]:
         else:  # such file systems would read one after the other
             with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
                 found = [data for [data] in pool.map(read, [[path] for path in paths])]
-        for uri, data in zip(same, found, strict=True):
-            contents[uri] = _reject(data) if isinstance(data, Exception) else data
-    return contents
+        yield from zip(same, found, strict=True)
 
 
 def _fetch_shard(
     shard: str, version: str | None, done: np.ndarray, column: str | None
 ) -> Iterator[tuple[pa.Table, int]]:
     """The images of a shard; where it breaks off, the shard itself is a reject."""
-    num_present = 0
+    num_present = num_read = 0
 
     def images() -> Iterator[tuple[str, str, str, bytes | Reject]]:
-        nonlocal num_present
+        nonlocal num_present, num_read
         looked_up = _look_up({"uri": shard, "version": version})
         known = "" if isinstance(looked_up, Reject) else looked_up
-        try:
-            if isinstance(looked_up, Reject):
-                raise looked_up
-            for uri, data in _members(shard, column):
-                identity = image_id(uri, known)
+        pauses = iter(PAUSES_SECONDS)
+        while True:
+            num_before = num_read
+            try:
+                if isinstance(looked_up, Reject):
+                    raise looked_up
+                for uri, data in islice(_members(shard, column), num_read, None):
+                    num_read += 1
+                    identity = image_id(uri, known)
+                    if _known(identity, done):
+                        num_present += 1
+                    else:
+                        missing = Reject("fetch", "missing", "the row holds no bytes")
+                        yield identity, uri, known, missing if data is None else data
+                return
+            except Exception as error:  # whatever the store's client raises, and damaged shards
+                if num_read > num_before:
+                    pauses = iter(PAUSES_SECONDS)
+                if is_transient(error) and (pause := next(pauses, None)):
+                    time.sleep(pause)
+                    continue  # from its beginning, past what has been read
+                identity = image_id(shard, known)
                 if _known(identity, done):
                     num_present += 1
-                else:
-                    missing = Reject("fetch", "missing", "the row holds no bytes")
-                    yield identity, uri, known, missing if data is None else data
-        except Exception as error:  # whatever the store's client raises, and damaged shards
-            identity = image_id(shard, known)
-            if _known(identity, done):
-                num_present += 1
-            else:
+                    return
+                final = error if isinstance(error, Reject) else _final(error)
                 broken = Reject("fetch", "broken shard", f"what follows could not be read: {_text(error)}")
-                yield identity, shard, known, error if isinstance(error, Reject) else broken
+                yield identity, shard, known, final if final is error else broken
+                return
 
     for table in _batches(images()):
         yield table, num_present

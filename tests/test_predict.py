@@ -454,6 +454,56 @@ def test_the_number_of_threads_is_set() -> None:
         torch.set_num_threads(1)
 
 
+class Exhausted(nn.Module):
+    """Has memory for so many images, and none for one with a white corner."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.sizes: list[int] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.sizes.append(len(images))
+        if len(images) > self.capacity:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if (images[:, :, 0, 0] == 1).all(1).any():
+            raise RuntimeError("an odd image")
+        result: Tensor = PerPixel()(images)
+        return result
+
+
+def test_a_batch_too_large_for_the_memory_is_halved_until_it_fits() -> None:
+    images = photos(*[(32, 48)] * 8)
+    expected = only(with_module(PerPixel()).predict(images))
+    module = Exhausted(2)
+    for ours, theirs in zip(only(with_module(module).predict(images)), expected, strict=True):
+        np.testing.assert_array_equal(ours.label_map, theirs.label_map)
+    assert module.sizes[:3] == [8, 4, 2]
+
+
+def test_an_image_that_fails_alone_is_a_reject_and_the_batchs_others_are_labelled() -> None:
+    images = photos(*[(32, 48)] * 5)
+    images[3][0, 0] = 255
+    results = with_module(Exhausted(16)).predict(images)
+    assert [isinstance(result, Reject) for result in results] == [False, False, False, True, False]
+    [reject] = [result for result in results if isinstance(result, Reject)]
+    assert (reject.stage, reject.kind) == ("predict", "the model failed")
+    assert "an odd image" in reject.detail
+    assert "48×32" in reject.detail
+
+
+def test_tiles_that_do_not_fit_together_go_one_at_a_time_and_then_the_image_is_a_reject() -> None:
+    (image,) = photos((96, 96))
+    tiling = Tiling(size=32, overlap=8)
+    (expected,) = only(with_module(PerPixel(), tiling=tiling).predict([image]))
+    (ours,) = only(with_module(Exhausted(2), tiling=tiling).predict([image]))  # a lone tile runs as two
+    np.testing.assert_array_equal(ours.label_map, expected.label_map)
+    (result,) = with_module(Exhausted(0), tiling=tiling).predict([image])
+    assert isinstance(result, Reject)
+    assert result.kind == "out of memory"
+    assert "--tiling.size" in result.detail
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize(("dtype", "agreeing"), [("float32", 0.9999), ("float16", 0.999), ("bfloat16", 0.99)])
 def test_a_gpu_gives_the_label_maps_of_the_cpu(

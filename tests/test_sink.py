@@ -1,5 +1,8 @@
 """The label store: parts that are whole or not there, and what they say is done."""
 
+import hashlib
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from segray import sink
 from segray.classes import Classes
@@ -142,5 +147,72 @@ def test_documents_are_replaced_whole(tmp_path: Path, s3: S3) -> None:
         store = Sink(uri, "r1")
         store.start({"recipe": "r1", "try": 1})
         store.start({"recipe": "r1", "try": 2})
-        fs = store._fs
-        assert b'"try": 2' in fs.cat_file(f"{store._root}/recipes/r1.json")
+        fs = store.filesystem
+        assert b'"try": 2' in fs.cat_file(f"{store.root}/recipes/r1.json")
+
+
+def stored(store: Sink, kind: str) -> list[tuple[str, str]]:
+    """(image_id, run_id) of each row that a reader finds."""
+    paths = [path for path in store.filesystem.find(f"{store.root}/{kind}") if path.endswith(".parquet")]
+    tables = [pq.read_table(path, filesystem=store.filesystem) for path in paths]
+    found = [(row["image_id"], row["run_id"]) for table in tables for row in table.to_pylist()]
+    return sorted(set(found) if kind == "statistics" else found)
+
+
+NAMES = st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=5, unique=True)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.tuples(NAMES, st.booleans()), max_size=5))
+def test_whatever_came_twice_keeps_one_row_and_labels_outweigh_rejects(writes: list[tuple[list[str], bool]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store = Sink(folder, "r1")
+        for names, is_reject in writes:
+            [*_] = store.write(rows(*names, reject="empty: 0 bytes" if is_reject else None), CLASSES, "run")
+        every = {name for names, _ in writes for name in names}
+        labelled = {name for names, is_reject in writes for name in names if not is_reject}
+
+        done = store.done()
+
+        assert done.tolist() == sorted(image_id(name, "1").encode() for name in every)
+        assert stored(store, "label_maps") == sorted((image_id(name, "1"), "run") for name in labelled)
+        assert stored(store, "statistics") == stored(store, "label_maps")
+        assert stored(store, "rejects") == sorted((image_id(name, "1"), "run") for name in every - labelled)
+        assert store.done(with_rejects=False).tolist() == sorted(image_id(name, "1").encode() for name in labelled)
+        for kind in ("label_maps", "rejects"):
+            for part in store.parts():
+                if part.startswith(kind):
+                    ids = pq.read_table(f"{folder}/{kind}/recipe=r1/{part.partition('/')[2]}")["image_id"].to_pylist()
+                    digest = hashlib.blake2b("".join(sorted(ids)).encode(), digest_size=16).hexdigest()
+                    assert part == f"{kind}/part-{digest}.parquet"
+
+
+def test_of_two_rejects_the_newer_stays(tmp_path: Path) -> None:
+    store = Sink(str(tmp_path), "r1")
+    [*_] = store.write(rows("a", "b", reject="empty: 0 bytes"), CLASSES, "old")
+    for part in (tmp_path / "rejects/recipe=r1").iterdir():
+        os.utime(part, (1, 1))
+    [*_] = store.write(rows("b", reject="corrupt: now"), CLASSES, "new")
+    store.done()
+    assert stored(store, "rejects") == sorted([(image_id("a", "1"), "old"), (image_id("b", "1"), "new")])
+
+
+def test_a_dry_look_removes_nothing(tmp_path: Path) -> None:
+    store = Sink(str(tmp_path), "r1")
+    for names in ("ab", "bc"):
+        [*_] = store.write(rows(*names), CLASSES, "run")
+    before = files(tmp_path)
+    assert len(store.done(repair=False)) == 3
+    assert files(tmp_path) == before
+
+
+def test_temporary_files_of_a_killed_run_are_removed_and_no_others(tmp_path: Path) -> None:
+    store = Sink(str(tmp_path), "r1")
+    [*_] = store.write(rows("a"), CLASSES, "run")
+    folder = tmp_path / "label_maps/recipe=r1"
+    [part] = folder.iterdir()
+    (folder / f".{part.name}.x1y2_z3.tmp").write_bytes(b"torn")
+    (folder / ".notes.tmp").write_text("of a person")
+    (folder / "part-of-a-film.tmp").write_text("of a person")
+    store.start({})
+    assert {path.name for path in folder.iterdir()} == {part.name, ".notes.tmp", "part-of-a-film.tmp"}

@@ -1,8 +1,16 @@
 import gzip
 import io
 import os
+import socket
+import struct
 import tarfile
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import fsspec
 import numpy as np
@@ -10,10 +18,11 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segray.errors import Reject, SourceError
+from segray.errors import Reject, RunError, SourceError
 from segray.source import ENTRIES, FETCHED, Source, fetch, image_id, is_shard, known, read_images, tar_samples
 
 NOTHING = np.array([], "S32")
@@ -462,3 +471,119 @@ def test_reading_images_that_are_not_there_says_so(photos: Path) -> None:
 def test_a_shard_is_known_by_its_ending() -> None:
     assert all(is_shard(uri) for uri in ("s3://b/a.tar", "a.TAR.GZ", "a.tgz", "x/y.parquet"))
     assert not any(is_shard(uri) for uri in ("a.jpg", "tar", "a.tar.jpg", "a.csv", "s3://b/a.tar#x.jpg"))
+
+
+class Faulty(BaseHTTPRequestHandler):
+    """Serves `PATH?fault=KIND&times=N`: so many times with the fault, then well."""
+
+    protocol_version = "HTTP/1.1"
+    asked: Counter[str]
+    body = b"the bytes of an image"
+
+    def do_HEAD(self) -> None:
+        self._answer(len(self.body), b"")
+
+    def do_GET(self) -> None:
+        query = dict(parse_qsl(urlsplit(self.path).query))
+        self.asked[self.path] += 1
+        if self.asked[self.path] > int(query["times"]):
+            self._answer(len(self.body), self.body)
+        elif query["fault"] == "503":
+            self._answer(0, b"", 503)
+        elif query["fault"] == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close_connection = True
+        elif query["fault"] == "truncated":
+            self._answer(len(self.body), self.body[:5])
+            self.close_connection = True
+
+    def _answer(self, length: int, body: bytes, status: int = 200) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr("segray.source.PAUSES_SECONDS", (0.01, 0.01, 0.01))
+    monkeypatch.setattr("segray.retry.PAUSES_SECONDS", (0.01, 0.01, 0.01))
+    handler = type("Handler", (Faulty,), {"asked": Counter()})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def asked_for(*uris: str, size_bytes: int | None = None) -> list[dict[str, Any]]:
+    entries = pa.table([uris, ["1"] * len(uris), [size_bytes] * len(uris)], schema=ENTRIES)
+    return [row for table, _ in fetch(entries, done=NOTHING) for row in table.to_pylist()]
+
+
+@pytest.mark.parametrize("fault", ["503", "reset", "truncated"])
+def test_faults_that_pass_cost_nothing(faulty: str, fault: str) -> None:
+    found = asked_for(f"{faulty}/a.jpg?fault={fault}&times=2", f"{faulty}/b.jpg?fault=503&times=0")
+    assert [(row["data"], row["reason"]) for row in found] == [(Faulty.body, None)] * 2
+
+
+@pytest.mark.parametrize("fault", ["503", "reset", "truncated"])
+def test_a_store_that_stays_away_ends_the_run_and_makes_no_reject(faulty: str, fault: str) -> None:
+    with pytest.raises(RunError, match=r"the source was tried 4 times in vain"):
+        asked_for(f"{faulty}/a.jpg?fault={fault}&times=99")
+
+
+def test_an_object_shorter_than_listed_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segray.source.PAUSES_SECONDS", (0.5,))
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"half")
+    threading.Timer(0.2, path.write_bytes, (b"half and half",)).start()
+    [row] = asked_for(f"file://{path}", size_bytes=len(b"half and half"))
+    assert row["data"] == b"half and half"
+
+
+class Flaky:
+    """A file that fails once, in the midst of its bytes."""
+
+    failed = False
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        if self._file.tell() > 2_000_000 and not Flaky.failed:
+            Flaky.failed = True
+            raise ConnectionResetError("in mid-shard")
+        data: bytes = self._file.read(size)
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> "Flaky":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._file.close()
+
+
+def test_a_shard_that_breaks_off_for_a_moment_is_read_on_without_a_member_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segray.source.PAUSES_SECONDS", (0.01,))
+    Flaky.failed = False
+    shard = tmp_path / "a.tar"
+    with tarfile.open(shard, "w") as tar:
+        for index in range(40):
+            member = tarfile.TarInfo(f"{index}.jpg")
+            member.size = 100_000
+            tar.addfile(member, io.BytesIO(bytes([index]) * 100_000))
+    opened = LocalFileSystem.open
+    monkeypatch.setattr(LocalFileSystem, "open", lambda self, path, *a, **k: Flaky(opened(self, path, *a, **k)))
+    found = asked_for(f"file://{shard}")
+    assert Flaky.failed
+    assert [row["uri"].rpartition("#")[2] for row in found] == [f"{index}.jpg" for index in range(40)]
+    assert [row["data"][0] for row in found] == list(range(40))
