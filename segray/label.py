@@ -22,11 +22,12 @@ import pyarrow as pa
 from tyro.conf import Positional
 
 import segray
+from segray import progress
 from segray.classes import Classes
 from segray.decode import decode
 from segray.errors import Reject, RunError, SettingsError, SinkError, SourceError
 from segray.labelmap import dtype_for, encode_png
-from segray.progress import STALL_SECONDS, Fetched, Ledger, Snapshot, Totals, print_table, watch
+from segray.progress import Fetched, Ledger, Snapshot, Totals, print_table, watch
 from segray.tile import Tiling
 
 __all__ = ["Label", "Placement", "label", "place"]
@@ -166,6 +167,11 @@ def label(job: Label) -> None:
     from segray.source import Source
 
     source = Source(job.source, job.column)
+    if next(source.entries(), None) is None:
+        raise SourceError(
+            f"{source.uri} holds no images and no shards"
+            + (f", only {source.num_other} files of other kinds" if source.num_other else "")
+        )
     checkpoint = model.load(job.model, job.weights, job.classes)
     for notice in model.notices(checkpoint):
         _note(notice)
@@ -263,7 +269,9 @@ def _run_pipeline(
         more = f" and {len(unread) - _MAX_NAMED} more" if len(unread) > _MAX_NAMED else ""
         state = snapshot()
         total = index.num_loose or "?"
-        run.end(f"nothing went on for {STALL_SECONDS:.0f} s, {state.num_done} of {total} images were done{some}{more}")
+        run.end(
+            f"nothing went on for {progress.STALL_SECONDS:.0f} s, {state.num_done} of {total} images were done{some}{more}"
+        )
 
     task: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": placement.task_cpus}
     with watch(snapshot, index.num_loose, index.num_shards, run.started.timestamp(), run.samples, stalled):
@@ -486,11 +494,6 @@ def _index(source: Any, done: np.ndarray) -> _Index:
         num_loose += loose.num_rows
         num_shards += int(shards.sum())
         num_present += int(present.sum())
-    if not blocks and not num_present:
-        raise SourceError(
-            f"{source.uri} holds no images and no shards"
-            + (f", only {source.num_other} files of other kinds" if source.num_other else "")
-        )
     return _Index(blocks, num_loose, num_shards, num_present, source.num_other)
 
 

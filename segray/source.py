@@ -92,7 +92,7 @@ class Source:
 
     Attributes:
         uri: as it was given.
-        num_other: objects met by `entries` that are neither images nor shards.
+        num_other: objects met by the newest `entries` that are neither images nor shards.
     """
 
     def __init__(self, uri: str, column: str | None = None) -> None:
@@ -127,6 +127,7 @@ class Source:
         Raises:
             SourceError: the listing fails, or a manifest cannot be understood.
         """
+        self.num_other = 0
         try:
             if self._is_file and self._is_manifest():
                 yield from self._manifest_entries()

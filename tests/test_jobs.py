@@ -24,7 +24,8 @@ NUM_PHOTOS = 1000
 
 OPTIONS = {
     "label": [
-        *("source", "sink", "model", "weights", "classes", "column", "max_pixels", "max_rejects"),
+        *("source", "sink", "retry_rejects", "max_images", "deadline", "wait", "dry_run"),
+        *("model", "weights", "classes", "column", "max_pixels", "max_rejects"),
         *("tiling.size", "tiling.overlap", "tiling.blend", "device", "dtype", "batch_size", "actors", "threads"),
     ],
     "report": ["sink", "html", "recipe", "run", "num_images", "seed", "image_id", "export"],

@@ -1,11 +1,14 @@
 """The job end to end, on a real Ray cluster, from and to a real S3 server."""
 
+import dataclasses
 import io
 import json
+import os
 import re
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,12 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
-from segray.errors import RunError, SettingsError, SourceError
-from segray.label import Label, label, place
+from segray.errors import Locked, RunError, SettingsError, SourceError
+from segray.label import Label, _deadline, label, place
+from segray.lock import hold
 from segray.model import Preprocessing
 from segray.tile import Tiling
 from tests.awful import awful_files
@@ -335,6 +340,103 @@ def test_statistics_whose_label_maps_never_came_are_removed(
     note.write_text("not of this store")
     label(job)
     assert (part.exists(), twin.exists(), orphan.exists(), note.exists()) == (True, True, False, True)
+
+
+def test_rejects_are_taken_up_again_on_request_and_their_rows_replaced(
+    photos: Path, tmp_path: Path, small_model: str, ray_cluster: None
+) -> None:
+    sink = str(tmp_path / "labels")
+    (photos / "broken.jpg").write_bytes(b"no image")
+    job = Label(source=str(photos), sink=sink, model=small_model, max_rejects=1, max_pixels=64 * 64)
+    label(job)
+    assert newest_run(sink)["counts"] == {"seen": 11, "labelled": 7, "rejected": 4, "present": 0, "other_files": 0}
+    again = dataclasses.replace(job, max_pixels=10**6)
+    label(again)
+    assert newest_run(sink)["counts"]["present"] == 11, "rejects are done unless asked for"
+    label(dataclasses.replace(again, retry_rejects=True))
+    assert newest_run(sink)["counts"] == {"seen": 11, "labelled": 3, "rejected": 1, "present": 7, "other_files": 0}
+    rejects = read_store(sink, "rejects").to_pylist()
+    assert [(name_of(r["uri"]), r["run_id"]) for r in rejects] == [("broken.jpg", newest_run(sink)["run_id"])]
+    assert read_store(sink, "label_maps").num_rows == 10
+
+
+def test_a_run_ends_at_its_bound_and_the_next_goes_on(
+    photos: Path, tmp_path: Path, small_model: str, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sink = str(tmp_path / "labels")
+    shards = tmp_path / "photos/shards"
+    shards.mkdir()
+    pq.write_table(pa.table({"image": [jpeg(100 + index) for index in range(30)]}), shards / "a.parquet")
+    job = Label(source=str(photos), sink=sink, model=small_model)
+    label(dataclasses.replace(job, max_images=15))
+    run = newest_run(sink)
+    assert (run["status"], run["ended"], run["counts"]["labelled"]) == ("finished", "at its bound", 15)
+    assert "run the same command again" in capsys.readouterr().out
+    label(job)
+    run = newest_run(sink)
+    assert (run["status"], run["ended"]) == ("finished", None)
+    assert run["counts"] == {"seen": 40, "labelled": 25, "rejected": 0, "present": 15, "other_files": 0}
+    image_ids = read_store(sink, "label_maps")["image_id"].to_pylist()
+    assert len(image_ids) == len(set(image_ids)) == 40
+
+
+def test_a_dry_run_counts_and_does_nothing(
+    photos: Path, tmp_path: Path, small_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    label(Label(source=str(photos), sink=str(tmp_path / "labels"), model=small_model, dry_run=True))
+    printed = capsys.readouterr().out
+    assert re.search(r"loose images to label\s+│\s+10 ", printed)
+    assert "no run of this recipe" in printed
+    assert not (tmp_path / "labels").exists()
+
+
+def test_a_sink_in_use_is_refused_with_its_holders_name(photos: Path, tmp_path: Path, small_model: str) -> None:
+    sink = tmp_path / "labels"
+    with (
+        hold(LocalFileSystem(), str(sink), "another-run", wait_seconds=0, say=print, lost=lambda: None),
+        pytest.raises(Locked, match="run another-run on "),
+    ):
+        label(Label(source=str(photos), sink=str(sink), model=small_model))
+    assert {path.name for path in sink.iterdir()} == {"lock"}
+
+
+def test_a_run_in_which_nothing_goes_on_ends_and_names_what_is_outstanding(
+    photos: Path, tmp_path: Path, small_model: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(photos / "never-ends.jpg")  # whoever reads it waits for a writer
+    monkeypatch.setattr("segray.label._IMAGES_PER_BLOCK", 5)
+    sink = str(tmp_path / "labels")
+    with (
+        monkeypatch.context() as soon,
+        pytest.raises(RunError, match=r"nothing went on for .*; begun and not read to the end: file://.*photos/"),
+    ):
+        soon.setattr("segray.progress.STALL_SECONDS", 8.0)
+        label(Label(source=str(photos), sink=sink, model=small_model))
+    assert newest_run(sink)["status"] == "failed"
+    (photos / "never-ends.jpg").unlink()
+    label(Label(source=str(photos), sink=sink, model=small_model))
+    assert read_store(sink, "label_maps").num_rows == 10
+
+
+NOON = datetime(2026, 11, 22, 12, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "moment"),
+    [
+        ("13:30", datetime(2026, 11, 22, 13, 30)),
+        ("06:00", datetime(2026, 11, 23, 6, 0)),
+        ("2026-11-24T06:00", datetime(2026, 11, 24, 6, 0)),
+    ],
+)
+def test_a_deadline_is_the_next_such_time(text: str, moment: datetime) -> None:
+    assert _deadline(text, NOON) == moment
+
+
+@pytest.mark.parametrize("text", ["tomorrow", "2026-11-21T06:00"])
+def test_a_deadline_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(SettingsError, match=f"--deadline {text}"):
+        _deadline(text, NOON)
 
 
 @pytest.mark.parametrize(
