@@ -34,7 +34,7 @@ from ray.data.block import Block
 from segray.classes import Classes
 from segray.errors import SinkError
 
-__all__ = ["LABELLED", "LABEL_MAPS", "REJECTS", "STATISTICS", "PartSink", "Receipt", "Sink"]
+__all__ = ["LABELLED", "LABEL_MAPS", "REJECTS", "STATISTICS", "PartSink", "Receipt", "Sink", "part_name"]
 
 LABEL_MAPS = pa.schema(
     {
@@ -199,14 +199,14 @@ class Sink:
         confidence_sum = _flat(labelled["confidence_sum"], np.float64).reshape(shape)
         if labelled.num_rows:
             statistics = _statistics(labelled, num_pixels, confidence_sum, classes)
-            part = _part_name(labelled)
+            part = part_name(labelled)
             self._put_table("statistics", part, statistics, STATISTICS, run_id)
             self._put_table("label_maps", part, labelled, LABEL_MAPS, run_id)
         if rejected.num_rows:
-            self._put_table("rejects", _part_name(rejected), rejected, REJECTS, run_id)
+            self._put_table("rejects", part_name(rejected), rejected, REJECTS, run_id)
         reasons = zip(rejected["stage"].to_pylist(), rejected["reason"].to_pylist(), strict=True)
         return Receipt(
-            key=_part_name(rows),
+            key=part_name(rows),
             num_labelled=labelled.num_rows,
             rejects=Counter((stage, reason.partition(":")[0]) for stage, reason in reasons),
             num_images=(num_pixels > 0).sum(0),
@@ -275,7 +275,8 @@ class PartSink(Datasink[None]):
             ray.get(self._ledger.commit.remote(receipt))
 
 
-def _part_name(rows: pa.Table) -> str:
+def part_name(rows: pa.Table) -> str:
+    """The name of the part that holds these rows: the digest of their image_ids, in whatever order."""
     ids = "".join(sorted(rows["image_id"].to_pylist()))
     return f"part-{hashlib.blake2b(ids.encode(), digest_size=16).hexdigest()}.parquet"
 
