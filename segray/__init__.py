@@ -19,6 +19,7 @@ The modules, in the order in which data meets them:
     train       training on shards of pairs
     evaluate    a label store against targets
     report      a label store as a page
+    verify      a label store, read back and proved
     demo        drawn scenes with exact targets
     errors      what can go wrong
     cli         the command line

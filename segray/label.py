@@ -268,10 +268,7 @@ def _run_pipeline(
         some = f"; begun and not read to the end: {', '.join(unread[:_MAX_NAMED])}" if unread else ""
         more = f" and {len(unread) - _MAX_NAMED} more" if len(unread) > _MAX_NAMED else ""
         state = snapshot()
-        total = index.num_loose or "?"
-        run.end(
-            f"nothing went on for {progress.STALL_SECONDS:.0f} s, {state.num_done} of {total} images were done{some}{more}"
-        )
+        run.end(f"nothing went on for {progress.STALL_SECONDS:.0f} s, {state.num_done} images were done{some}{more}")
 
     task: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": placement.task_cpus}
     with watch(snapshot, index.num_loose, index.num_shards, run.started.timestamp(), run.samples, stalled):

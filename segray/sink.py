@@ -42,7 +42,7 @@ from segray.classes import Classes
 from segray.errors import SinkError
 from segray.retry import retrying
 
-__all__ = ["LABELLED", "LABEL_MAPS", "REJECTS", "STATISTICS", "PartSink", "Receipt", "Sink"]
+__all__ = ["LABELLED", "LABEL_MAPS", "REJECTS", "STATISTICS", "PartSink", "Receipt", "Sink", "part_name"]
 
 LABEL_MAPS = pa.schema(
     {
@@ -232,7 +232,7 @@ class Sink:
         superfluous = pa.array(ids.astype(str))
         rows = self._read(kind, part)
         rest = rows.filter(pc.invert(pc.is_in(rows["image_id"], superfluous)))
-        name = _part_name(rest)
+        name = part_name(rest)
         if kind == "label_maps":
             statistics = self._read("statistics", part)
             kept = statistics.filter(pc.invert(pc.is_in(statistics["image_id"], superfluous)))
@@ -275,17 +275,17 @@ class Sink:
         confidence_sum = _flat(labelled["confidence_sum"], np.float64).reshape(shape)
         if labelled.num_rows:
             statistics = _statistics(labelled, num_pixels, confidence_sum, classes)
-            part = _part_name(labelled)
+            part = part_name(labelled)
             self._put_table("statistics", part, _of_run(statistics, run_id), STATISTICS)
             self._put_table("label_maps", part, _of_run(labelled, run_id), LABEL_MAPS)
             parts.append(f"label_maps/{part}")
         if rejected.num_rows:
-            part = _part_name(rejected)
+            part = part_name(rejected)
             self._put_table("rejects", part, _of_run(rejected, run_id), REJECTS)
             parts.append(f"rejects/{part}")
         reasons = zip(rejected["stage"].to_pylist(), rejected["reason"].to_pylist(), strict=True)
         return Receipt(
-            key=_part_name(rows),
+            key=part_name(rows),
             num_labelled=labelled.num_rows,
             rejects=Counter((stage, reason.partition(":")[0]) for stage, reason in reasons),
             num_images=(num_pixels > 0).sum(0),
@@ -366,7 +366,8 @@ class PartSink(Datasink[None]):
             ray.get(self._ledger.commit.remote(receipt))
 
 
-def _part_name(rows: pa.Table) -> str:
+def part_name(rows: pa.Table) -> str:
+    """The name of the part that holds these rows: the digest of their image_ids, in whatever order."""
     ids = "".join(sorted(rows["image_id"].to_pylist()))
     return f"part-{hashlib.blake2b(ids.encode(), digest_size=16).hexdigest()}.parquet"
 

@@ -64,8 +64,8 @@ class LabelStore:
 
     def runs(self) -> Iterator[dict[str, Any]]:
         """The records of runs, newest first."""
-        for path in reversed(self._list("runs", ".json")):
-            yield self._json(path)
+        for path in reversed(self.files("runs", ".json")):
+            yield self.document(path)
 
     def recipe(self, recipe_id: str) -> dict[str, Any]:
         """The record of a recipe.
@@ -75,7 +75,7 @@ class LabelStore:
         """
         path = f"{self.path}/recipes/{recipe_id}.json"
         try:
-            return self._json(path)
+            return self.document(path)
         except FileNotFoundError as error:
             raise SinkError(f"{self.uri}: there is no recipe {recipe_id}; {self.other_recipes(recipe_id)}") from error
 
@@ -102,18 +102,18 @@ class LabelStore:
 
     def recipe_ids(self) -> list[str]:
         """The recipes that are in the store, in alphabetical order."""
-        return [PurePosixPath(path).stem for path in self._list("recipes", ".json")]
+        return [PurePosixPath(path).stem for path in self.files("recipes", ".json")]
 
     def other_recipes(self, recipe_id: str) -> str:
         """What an error says about the way out: the recipes that there are besides this one."""
         others = [other for other in self.recipe_ids() if other != recipe_id]
         return f"--recipe can be {', '.join(others)}" if others else "there is no other recipe either"
 
-    def parts(self, table: str, recipe_id: str) -> list[str]:
-        """The names of a table's parts; of `statistics` only those whose label maps are committed."""
-        paths = self._list(f"{table}/recipe={recipe_id}", ".parquet")
+    def parts(self, table: str, recipe_id: str, *, orphans: bool = False) -> list[str]:
+        """The names of a table's parts; of `statistics` only those whose label maps are committed, or orphans too."""
+        paths = self.files(f"{table}/recipe={recipe_id}", ".parquet")
         names = [name for name in (PurePosixPath(path).name for path in paths) if name.startswith("part-")]
-        if table == "statistics":
+        if table == "statistics" and not orphans:
             committed = set(self.parts("label_maps", recipe_id))
             names = [name for name in names if name in committed]
         return names
@@ -142,12 +142,14 @@ class LabelStore:
         with _reading(path), self.filesystem.open(path, "rb") as file:
             return pq.ParquetFile(file).read(columns).select(columns)
 
-    def _json(self, path: str) -> dict[str, Any]:
+    def document(self, path: str) -> dict[str, Any]:
+        """What a JSON file holds."""
         with _reading(path):
             fields: dict[str, Any] = json.loads(self.filesystem.cat_file(path))
         return fields
 
-    def _list(self, folder: str, suffix: str) -> list[str]:
+    def files(self, folder: str, suffix: str = "") -> list[str]:
+        """The paths of what lies in a folder of the store, in alphabetical order."""
         try:
             entries = self.filesystem.ls(f"{self.path}/{folder}", detail=False)
         except FileNotFoundError:
