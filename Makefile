@@ -5,7 +5,7 @@ DEMO := build/demo
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo train-demo test test-slow lint benchmark clean
+.PHONY: install demo test test-slow chaos lint benchmark clean
 
 install: $(BIN)/.installed
 
@@ -22,12 +22,17 @@ demo: install
 	python jobs/evaluate.py $(DEMO)/labels $(DEMO)/scenes/targets
 	python jobs/report.py $(DEMO)/labels
 
+# One process for what needs the cluster or the S3 server, one for the rest.
 test: lint
-	pytest
+	pytest --numprocesses 2 --dist loadgroup
 
 # The long forms: CamVid at full size, soak runs.
 test-slow: install
 	pytest -m slow
+
+# Fifty runs, each with a fault, each run again and verified.
+chaos: install
+	python -m tests.chaos
 
 lint: install
 	ruff check

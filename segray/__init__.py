@@ -21,6 +21,8 @@ The modules, in the order in which data meets them:
     report      a label store as a page
     verify      a label store, read back and proved
     demo        drawn scenes with exact targets
+    lock        one writer at a time
+    retry       faults that pass
     errors      what can go wrong
     cli         the command line
 """

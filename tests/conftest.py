@@ -30,6 +30,14 @@ from segray.model import Checkpoint, Preprocessing
 _DATA = Path(os.environ.get("SEGRAY_TEST_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps what shares the cluster and the S3 server, and what starts jobs, in one process."""
+    for item in items:
+        if {"ray_cluster", "s3", "scenes"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group("cluster"))
+
+
 @pytest.fixture(scope="session")
 def camvid() -> Path:
     """CamVid: `val` and `train` with 480×360 frames, `valannot` and `trainannot` with their targets."""

@@ -104,6 +104,7 @@ def test_a_run_on_ray_writes_a_checkpoint_that_labels(trained: tuple[Train, list
     assert printed[-1] == f"wrote {settings.sink}/checkpoint.safetensors"
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_checkpoint(trained: tuple[Train, list[str]], tmp_path: Path) -> None:
     settings, _ = trained
     train(dataclasses.replace(settings, sink=str(tmp_path)))

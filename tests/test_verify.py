@@ -333,7 +333,7 @@ def test_many_problems_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture
         ),
         (RUN, "runs/y.json: not the record of a run: KeyError: 'counts'"),
         ([], "runs/y.json: not the record of a run: TypeError"),
-        (None, "runs/y.json: not the record of a run: JSONDecodeError"),
+        (None, "runs/y.json: cannot be read: Expecting property name"),
     ],
 )
 def test_records_of_runs_are_checked(

@@ -1,0 +1,355 @@
+"""Interrupts a job in every way that one machine can show, runs it again until it ends well, and verifies the store.
+
+    python -m tests.chaos [--num-runs 50] [--first-seed 0]
+
+A real S3 server behind a proxy that injects faults, a Ray cluster of two nodes, and jobs in processes
+of their own. The seed decides the fault, its moment and its victim; `--first-seed N --num-runs 1` plays
+run N again. Each run has a sink of its own; it is sound when the same command ends with status 0 in at most
+four tries, and `segray verify SINK SOURCE` finds each image exactly once.
+"""
+
+import contextlib
+import functools
+import http.client
+import io
+import os
+import random
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import psutil
+import tyro
+from PIL import Image
+
+from segray.demo import scene
+
+ROOT = Path(__file__).parents[1]
+NUM_LOOSE, NUM_SHARDS, NUM_MEMBERS = 600, 4, 150
+FAULT_SECONDS = 6.0
+MAX_TRIES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chaos:
+    """Runs a job many times, each with a fault."""
+
+    num_runs: int = 50
+    """How many."""
+    first_seed: int = 0
+    """The seed of the first; the others follow."""
+
+
+class Proxy(ThreadingHTTPServer):
+    """Hands requests on to the S3 server, some of them wrongly."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, target: int) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.target = target
+        self.fault: str | None = None
+        self.random = random.Random(0)
+        self.num_faults = 0
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that hung up is nothing to tell."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection."""
+
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def _handle(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        is_hit = self.server.fault is not None and self.server.random.random() < 0.4
+        fault = self.server.fault if is_hit else None
+        self.server.num_faults += is_hit
+        if fault == "slow":
+            time.sleep(self.server.random.uniform(0.5, 3))
+        if fault == "503":
+            self._answer(503, {}, b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>")
+            return
+        if fault == "reset" and self.server.random.random() < 0.5:
+            self._reset()  # before it is done; else after it was done, and nobody was told
+            return
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.target, timeout=60)
+        try:
+            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                connection.putheader(name, value)
+            connection.endheaders(body)
+            answer = connection.getresponse()
+            data = answer.read()
+        except OSError:  # the server is down
+            self._reset()
+            return
+        finally:
+            connection.close()
+        if fault == "reset":
+            self._reset()
+            return
+        cut = len(data) // 2 if fault == "truncated" and self.command == "GET" else len(data)
+        self._answer(answer.status, dict(answer.getheaders()), data, cut)
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _handle
+
+    def _answer(self, status: int, headers: dict[str, str], data: bytes, cut: int | None = None) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
+                self.send_header(name, value)
+        length = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(data))
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        self.wfile.write(data[:cut])
+        self.close_connection = cut is not None and cut < len(data)
+
+    def _reset(self) -> None:
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+class Server:
+    """The S3 server, to be killed and started again."""
+
+    def __init__(self, folder: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+        self._command = [
+            *("weed", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={self.port}"),
+            *("-admin.ui=false", "-webdav=false", "-bucket=segray"),
+        ]
+        self.start()
+
+    def start(self) -> None:
+        """Starts it, and waits until it answers."""
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=2)
+                connection.request("GET", "/")
+                if connection.getresponse().status < 500:
+                    return
+            time.sleep(0.3)
+        raise TimeoutError("the S3 server does not start")
+
+    def kill(self) -> None:
+        """Ends it without a word."""
+        self._process.kill()
+        self._process.wait()
+
+
+@dataclass
+class World:
+    """What a job runs in."""
+
+    server: Server
+    proxy: Proxy
+    cluster: Any
+    second: Any
+    table: list[tuple[int, str, str, int, str]] = field(default_factory=list)
+
+    def kill_worker(self, rng: random.Random, *, is_actor: bool) -> str:
+        """Kills one of Ray's workers of the running job."""
+        workers = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                name = " ".join(process.cmdline())
+                if name.startswith("ray::") and ("Predictor" in name) == is_actor and "Ledger" not in name:
+                    workers.append(process)
+        if not workers:
+            return "no victim"
+        victim = rng.choice(workers)
+        with contextlib.suppress(psutil.Error):
+            name = " ".join(victim.cmdline())
+            victim.kill()
+            return name[:40]
+        return "it had ended"
+
+    def kill_node(self) -> str:
+        """Takes the second node away, and puts another in its place."""
+        self.cluster.remove_node(self.second, allow_graceful=False)
+        self.second = self.cluster.add_node(num_cpus=2)
+        return "second node"
+
+    def kill_server(self) -> str:
+        """Kills the S3 server and starts it again."""
+        self.server.kill()
+        time.sleep(2)
+        self.server.start()
+        return "for 2 s"
+
+    def disturb(self, rng: random.Random, kind: str) -> str:
+        """Has the proxy spoil some requests for a while."""
+        before, self.proxy.random, self.proxy.fault = self.proxy.num_faults, rng, kind
+        time.sleep(FAULT_SECONDS)
+        self.proxy.fault = None
+        return f"{self.proxy.num_faults - before} requests"
+
+
+def faults(world: World, job: subprocess.Popen[str], rng: random.Random) -> dict[str, Callable[[], str]]:
+    """What can happen to a job, by name; each returns what it hit."""
+
+    def send(number: int) -> str:
+        os.kill(job.pid, number)
+        return f"process {job.pid}"
+
+    return {
+        "driver killed": functools.partial(send, signal.SIGKILL),
+        "worker killed": functools.partial(world.kill_worker, rng, is_actor=False),
+        "actor killed": functools.partial(world.kill_worker, rng, is_actor=True),
+        "node lost": world.kill_node,
+        "store killed": world.kill_server,
+        "Ctrl-C": functools.partial(send, signal.SIGINT),
+        "503": functools.partial(world.disturb, rng, "503"),
+        "reset": functools.partial(world.disturb, rng, "reset"),
+        "truncated": functools.partial(world.disturb, rng, "truncated"),
+        "slow": functools.partial(world.disturb, rng, "slow"),
+    }
+
+
+@contextlib.contextmanager
+def world() -> Iterator[World]:
+    """Server, proxy, source and cluster; the environment points at them."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(folder)
+        proxy = Proxy(server.port)
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        os.environ |= {
+            "AWS_ACCESS_KEY_ID": "segray",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}",
+        }
+        write_source("s3://segray/photos")
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 2**29}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        made = World(server, proxy, cluster, cluster.add_node(num_cpus=2))
+        os.environ["RAY_ADDRESS"] = cluster.address
+        try:
+            yield made
+        finally:
+            os.environ.pop("RAY_ADDRESS")
+            cluster.shutdown()  # type: ignore[no-untyped-call]
+            proxy.shutdown()
+            server.kill()
+
+
+def write_source(source: str) -> None:
+    """Small drawn photographs, loose and in tar shards, no two alike."""
+    fs, _ = fsspec.core.url_to_fs(source, use_listings_cache=False)
+    drawn = [Image.fromarray(scene(seed)[0]).resize((96, 72)) for seed in range(8)]
+
+    def jpeg(index: int) -> bytes:
+        buffer = io.BytesIO()
+        drawn[index % 8].save(buffer, "JPEG", quality=60 + index // 8 % 36, comment=str(index).encode())
+        return buffer.getvalue()
+
+    fs.pipe({f"{source}/loose/{index:04d}.jpg": jpeg(index) for index in range(NUM_LOOSE)})
+    for shard in range(NUM_SHARDS):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as tar:
+            for member in range(NUM_MEMBERS):
+                data = jpeg(NUM_LOOSE + shard * NUM_MEMBERS + member)
+                info = tarfile.TarInfo(f"{member:04d}.jpg")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        fs.pipe_file(f"{source}/shards/{shard:06d}.tar", buffer.getvalue())
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """A job in a process of its own, whose Ctrl-C is its own too."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def run(made: World, seed: int) -> bool:
+    """One run with a fault; whether the store is sound after it."""
+    rng = random.Random(seed)
+    sink = f"s3://segray/labels-{seed}-{time.time_ns()}"
+    command = ["jobs/label.py", "s3://segray/photos", sink, "--model", "segray/demo.safetensors", "--wait", "90"]
+    job = start(*command)
+    moments = faults(made, job, rng)
+    name = list(moments)[seed % len(moments)]
+    output: list[str] = []
+    reader = threading.Thread(target=lambda: output.extend(job.stdout or ()), daemon=True)
+    reader.start()
+    deadline, moment = time.monotonic() + 120, rng.uniform(0, 12)
+    # From the moment that the run holds the lock: before that there is nothing to lose.
+    fs, _ = fsspec.core.url_to_fs(sink, use_listings_cache=False, skip_instance_cache=True)
+    while job.poll() is None and time.monotonic() < deadline:
+        if fs.exists(f"{sink}/lock"):
+            break
+        time.sleep(0.2)
+    time.sleep(moment)
+    hit = moments[name]() if job.poll() is None else "it had ended"
+    statuses = [job.wait(600)]
+    reader.join(10)
+    while statuses[-1] != 0 and len(statuses) < MAX_TRIES:
+        again = start(*command)
+        text, _ = again.communicate(timeout=600)
+        output.append(f"--- try {len(statuses) + 1}\n{text}")
+        statuses.append(again.returncode)
+    check = start("jobs/verify.py", sink, "s3://segray/photos")
+    verdict, _ = check.communicate(timeout=600)
+    is_sound = statuses[-1] == 0 and check.returncode == 0
+    shown = " ".join(str(status) for status in statuses)
+    print(
+        f"seed {seed}: {name} ({hit}) after {moment:.1f} s; status {shown}; {'sound' if is_sound else 'NOT SOUND'}",
+        flush=True,
+    )
+    if not is_sound:
+        print("".join(output), verdict, sep="\n", flush=True)
+    made.table.append((seed, name, hit, len(statuses), "sound" if is_sound else "NOT SOUND"))
+    return is_sound
+
+
+def main() -> None:
+    """Runs them all and prints what was survived."""
+    settings = tyro.cli(Chaos)
+    with world() as made:
+        sound = [run(made, seed) for seed in range(settings.first_seed, settings.first_seed + settings.num_runs)]
+    survived, met = Counter[str](), Counter[str]()
+    for _, name, _, _, verdict in made.table:
+        met[name] += 1
+        survived[name] += verdict == "sound"
+    print("\n| fault | survived |\n|---|---|")
+    for name in met:
+        print(f"| {name} | {survived[name]} of {met[name]} |")
+    print(f"\n{sum(sound)} of {len(sound)}")
+    sys.exit(not all(sound))
+
+
+if __name__ == "__main__":
+    main()
