@@ -32,10 +32,13 @@ _DATA = Path(os.environ.get("SEGRAY_TEST_DATA", Path(__file__).parents[1] / "../
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps what shares the cluster and the S3 server, and what starts jobs, in one process."""
+    """Keeps what shares the cluster and the S3 server in one process, and jobs from starting two at a time."""
     for item in items:
-        if {"ray_cluster", "s3", "scenes"} & set(getattr(item, "fixturenames", ())):
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if fixtures & {"ray_cluster", "s3"}:
             item.add_marker(pytest.mark.xdist_group("cluster"))
+        elif "scenes" in fixtures:
+            item.add_marker(pytest.mark.xdist_group("jobs"))
 
 
 @pytest.fixture(scope="session")
