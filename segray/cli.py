@@ -38,6 +38,7 @@ def main(job: str | None = None) -> NoReturn:
         program = f"segray {job}"
     module = importlib.import_module(f"segray.{job}")
     signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop` asks like this
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background has it ignored
     try:
         settings = tyro.cli(getattr(module, job.capitalize()), prog=program, args=arguments)
         getattr(module, job)(settings)

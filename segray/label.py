@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -195,12 +196,13 @@ def label(job: Label) -> None:
         done = sink.done(with_rejects=not job.retry_rejects)
         index = _index(source, done)
         sink.start(recipe)
-        ledger = _start_ledger(ray, job)
+        ledger = _start_ledger(ray, job, run)
         failure: str | None = None
         try:
-            if index.blocks:
-                _run_pipeline(ray, job, run, checkpoint, sink, placement, index, done, ledger)
-            run.status = "finished"
+            if index.blocks and not run.ended:
+                with run.in_pipeline():
+                    _run_pipeline(ray, job, run, checkpoint, sink, placement, index, done, ledger)
+            run.status, failure = ("failed", run.ended) if run.ended else ("finished", None)
         except KeyboardInterrupt:
             run.status, failure = ("failed", run.ended) if run.ended else ("interrupted", None)
         except Exception as error:  # Ray's wrapping of whatever happened in a worker
@@ -234,12 +236,11 @@ def label(job: Label) -> None:
         )
 
 
-def _start_ledger(ray: Any, job: Label) -> Any:
+def _start_ledger(ray: Any, job: Label, run: "_Run") -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    deadline = None if job.deadline is None else _deadline(job.deadline, datetime.now()).timestamp()
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Ledger).remote(job.max_images, deadline)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Ledger).remote(job.max_images, run.deadline)
 
 
 def _run_pipeline(
@@ -260,15 +261,16 @@ def _run_pipeline(
     done_ref, checkpoint_ref = ray.put(done), ray.put(checkpoint.to_bytes())
 
     def snapshot() -> Snapshot:
-        state: Snapshot = ray.get(ledger.snapshot.remote())
+        state: Snapshot = ray.get(ledger.snapshot.remote(), timeout=_LEDGER_SECONDS)
         return state
 
     def stalled() -> None:
-        unread: list[str] = ray.get(ledger.unread.remote(), timeout=_LEDGER_SECONDS)
+        unread: list[str] = []
+        with contextlib.suppress(Exception):  # the ledger is part of what hangs
+            unread = ray.get(ledger.unread.remote(), timeout=_LEDGER_SECONDS)
         some = f"; begun and not read to the end: {', '.join(unread[:_MAX_NAMED])}" if unread else ""
         more = f" and {len(unread) - _MAX_NAMED} more" if len(unread) > _MAX_NAMED else ""
-        state = snapshot()
-        run.end(f"nothing went on for {progress.STALL_SECONDS:.0f} s, {state.num_done} images were done{some}{more}")
+        run.end(f"nothing went on for {progress.STALL_SECONDS:.0f} s{some}{more}")
 
     task: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": placement.task_cpus}
     with watch(snapshot, index.num_loose, index.num_shards, run.started.timestamp(), run.samples, stalled):
@@ -384,7 +386,8 @@ def _fetch(entries: pa.Table, *, done: Any, column: str | None, ledger: Any) -> 
     if not ray.get(ledger.begin.remote(first)):
         return
     num_seen = num_present = 0
-    for number, (table, num_skipped) in enumerate(fetch(entries, done=ray.get(done), column=column)):
+    fetched = fetch(entries, done=ray.get(done), column=column, alive=lambda: ledger.alive.remote())
+    for number, (table, num_skipped) in enumerate(fetched):
         num_granted = ray.get(ledger.grant.remote(first, number, table.num_rows)) if table.num_rows else 0
         num_seen += num_granted + num_skipped
         num_present += num_skipped
@@ -503,12 +506,28 @@ class _Run:
         self.run_id = f"{self.started:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
         self.status: Literal["running", "finished", "interrupted", "failed"] = "running"
         self.ended: str | None = None
+        self.deadline = None if job.deadline is None else _deadline(job.deadline, datetime.now()).timestamp()
+        self._lock = threading.Lock()
+        self._is_in_pipeline = False
         self.samples: list[tuple[float, int]] = []
 
     def end(self, reason: str) -> None:
-        """Ends it from another thread."""
-        self.ended = reason
-        _thread.interrupt_main()
+        """Ends it from another thread: the pipeline at once, what is before and after it at its next look."""
+        with self._lock:
+            self.ended = self.ended or reason
+            if self._is_in_pipeline:
+                _thread.interrupt_main()
+
+    @contextlib.contextmanager
+    def in_pipeline(self) -> Iterator[None]:
+        """While the main thread may be interrupted."""
+        with self._lock:
+            self._is_in_pipeline = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._is_in_pipeline = False
 
     def record(
         self, recipe: str, index: _Index, state: Snapshot, totals: Totals, placement: Placement

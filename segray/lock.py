@@ -31,6 +31,7 @@ LEASE_SECONDS = 60.0
 """How long a holder that is not heard of keeps the lock. Clocks must agree to a fraction of it."""
 
 _RENEW_SECONDS = LEASE_SECONDS / 4
+_GIVE_UP_SECONDS = LEASE_SECONDS * 3 / 4  # before another may take it
 _LOOK_SECONDS = 1.0
 _TAKEN_CODES = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}  # it exists, or two create at once
 _SETTLE_SECONDS = 5.0  # after a run that was killed: what its workers had begun to write
@@ -186,29 +187,35 @@ def hold(
         raise SinkError(f"{root} cannot be locked: {type(error).__name__}: {error}") from error
 
     stop = threading.Event()
+    heard = holder.renewed
 
     def renew() -> None:
-        heard = time.time()
+        nonlocal heard
         while not stop.wait(_RENEW_SECONDS):
             with contextlib.suppress(Exception):  # of the network; what counts is when it last went well
                 newest, _ = store.newest()
-                if newest > generation:
+                if newest > generation and not stop.is_set():
                     lost()
                     return
                 now = time.time()
                 store.overwrite(generation, dataclasses.replace(holder, renewed=now))
                 heard = now
-            if time.time() - heard > LEASE_SECONDS:
+
+    def look() -> None:
+        while not stop.wait(_LOOK_SECONDS):
+            if time.time() - heard > _GIVE_UP_SECONDS:
                 lost()
                 return
 
-    thread = threading.Thread(target=renew, daemon=True)
-    thread.start()
+    threads = [threading.Thread(target=work, daemon=True) for work in (renew, look)]
+    for thread in threads:
+        thread.start()
     try:
         yield
     finally:
         stop.set()
-        thread.join()
+        for thread in threads:
+            thread.join(_LOOK_SECONDS)  # or what it has begun to write would come after our last word
         with contextlib.suppress(Exception):  # then its lease runs out, or its process is seen to be gone
             if store.newest()[0] == generation:
                 store.overwrite(generation, dataclasses.replace(holder, renewed=time.time(), released=True))
@@ -233,6 +240,8 @@ def _acquire(store: _Store, run_id: str, wait_seconds: float, say: Callable[[str
                 if other is not None and not other.released:
                     say(f"taking over from {other}, which has ended without a word")
                     time.sleep(_SETTLE_SECONDS)
+                    holder = dataclasses.replace(holder, renewed=time.time())
+                    store.overwrite(generation + 1, holder)
                 return generation + 1, holder
             continue
         if time.monotonic() >= deadline:

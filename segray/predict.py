@@ -178,7 +178,7 @@ class Predictor:
             return self._label(self._logits(pixels), height, width)
         except torch.AcceleratorError:  # the GPU's state is lost with it
             raise
-        except RuntimeError as error:
+        except Exception as error:  # a model may raise anything
             reject = _failed(error, height, width)
         torch.cuda.empty_cache()  # outside of the handler, whose traceback would hold the batch
         if len(images) == 1:
@@ -307,9 +307,9 @@ class Predictor:
         return label_map, 1 / total
 
 
-def _failed(error: RuntimeError, height: int, width: int) -> Reject:
+def _failed(error: Exception, height: int, width: int) -> Reject:
     text = " ".join(str(error).split())[:300]
-    if isinstance(error, torch.OutOfMemoryError) or "memory" in text:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "memory" in text:
         return Reject("predict", "out of memory", f"{width}×{height} alone; lower --tiling.size: {text}")
     return Reject("predict", "the model failed", f"{width}×{height}: {text}")
 

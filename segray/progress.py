@@ -89,6 +89,7 @@ class Ledger:
         self._begun: set[str] = set()
         self._is_bounded = False
         self._num_beats = 0
+        self._num_signs = 0
         self._fetched: dict[str, Fetched] = {}
         self._receipts: dict[str, Receipt] = {}
         self._num_done = 0
@@ -108,13 +109,18 @@ class Ledger:
 
     def grant(self, key: str, number: int, num_images: int) -> int:
         """How many images of a block's table of this number may go on."""
+        if self._deadline is not None and time.time() >= self._deadline:
+            self._is_bounded = True
+            return 0
+        self._num_signs += 1
+        if self._left is None:
+            return num_images
         asked = f"{key}\0{number}"
         if asked not in self._grants:
-            self._grants[asked] = num_images if self._left is None else min(num_images, self._left)
-            if self._left is not None:
-                self._left -= self._grants[asked]
-            self._is_bounded |= self._grants[asked] < num_images
-        return self._grants[asked]
+            self._grants[asked] = min(num_images, self._left)
+            self._left -= self._grants[asked]
+        self._is_bounded |= self._grants[asked] < num_images
+        return min(self._grants[asked], num_images)
 
     def fetched(self, key: str, state: Fetched) -> None:
         """A block of the index, named by its first URI, has been read."""
@@ -123,6 +129,10 @@ class Ledger:
     def beat(self) -> None:
         """A model is at work."""
         self._num_beats += 1
+
+    def alive(self) -> None:
+        """A shard is being read, though nothing in it is new."""
+        self._num_signs += 1
 
     def unread(self) -> list[str]:
         """The blocks that were begun and are not read to their end, by their first URI."""
@@ -158,7 +168,8 @@ class Ledger:
             last_done=self._last,
             num_done_first=self._num_done_first,
             is_bounded=self._is_bounded,
-            num_signs=self._num_beats and self._num_beats + len(self._grants) + len(self._receipts),
+            num_signs=self._num_beats
+            and self._num_beats + self._num_signs + len(self._begun) + len(self._fetched) + len(self._receipts),
         )
 
 

@@ -14,6 +14,9 @@ PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 _TRANSIENT_ERRNOS = {
     *(errno.EBUSY, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EPIPE, errno.EAGAIN, errno.EIO),
+    # of mounts and of a machine at its limits
+    *(errno.ENOTCONN, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    *(errno.ENETDOWN, errno.ENETRESET, errno.EHOSTDOWN),
     *(errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EHOSTUNREACH, errno.ENETUNREACH),
 }
 # By name, as the clients of stores are not ours to import; those of botocore, aiohttp and fsspec.

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -31,6 +33,7 @@ def session() -> Iterator[ModuleType]:
     ours = not ray.is_initialized()
     if ours:
         local: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             with _muted_stderr():
                 ray.init(logging_level=logging.ERROR, log_to_driver=False, **local)
@@ -38,6 +41,8 @@ def session() -> Iterator[ModuleType]:
             where = os.environ.get("RAY_ADDRESS")
             place = f"the Ray cluster at {where} (RAY_ADDRESS) cannot be reached" if where else "Ray cannot start here"
             raise Refused(f"{place}: {str(error).partition(chr(10))[0]}") from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end the process at once
     ray.data.DataContext.get_current().enable_progress_bars = False
     for name in ("ray.data", "ray.train"):  # what fails is told by the job, in one line
         logging.getLogger(name).setLevel(logging.CRITICAL)

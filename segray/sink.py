@@ -101,6 +101,7 @@ LABELLED = pa.schema(
 
 _PART_BYTES = 64 * 2**20
 _REQUESTS_IN_FLIGHT = 32
+_READ_BYTES = 2**18
 _TEMPORARY = re.compile(r"\.(part-[0-9a-f]{32}\.parquet|[\w-]+\.json)\.\w+\.tmp")
 
 
@@ -191,7 +192,10 @@ class Sink:
         for position in np.unique(positions[~is_first]) if repair else ():
             # Stable, and the parts are in the order of their worth: the first row is the one to keep.
             kind, part = parts[position]
-            self._drop(kind, part, ids[~is_first & (positions == position)])
+            try:
+                self._drop(kind, part, ids[~is_first & (positions == position)])
+            except OSError as error:
+                raise SinkError(f"{self._folder(kind)}/{part} cannot be replaced: {error}") from error
         if with_rejects:
             return ids[is_first]
         is_labelled = np.array([kind == "label_maps" for kind, _ in parts], bool)
@@ -216,7 +220,8 @@ class Sink:
         path = f"{self._folder(kind)}/{part}"
 
         def read() -> pa.Table:
-            with self.filesystem.open(path, "rb") as file:
+            # Of one column little is read; s3fs would fetch 50 MiB at a time.
+            with self.filesystem.open(path, "rb", block_size=_READ_BYTES if columns else None) as file:
                 return pq.read_table(file, columns=columns)
 
         try:
@@ -316,6 +321,8 @@ class Sink:
             return {info["name"]: info for info in retrying(lambda: self.filesystem.ls(folder, detail=True))}
         except FileNotFoundError:
             return {}
+        except Exception as error:  # whatever the store's client raises
+            raise SinkError(f"{folder} cannot be listed: {type(error).__name__}: {error}") from error
 
     def _remove(self, kind: str, part: str) -> None:
         with contextlib.suppress(FileNotFoundError):

@@ -14,7 +14,7 @@ import tarfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import PurePosixPath
@@ -29,7 +29,7 @@ from fsspec.core import url_to_fs
 from jaxtyping import Bool, Shaped
 
 from segray.errors import Reject, RunError, SourceError
-from segray.retry import PAUSES_SECONDS, ShortRead, is_refusal, is_transient, retrying
+from segray.retry import PAUSES_SECONDS, ShortRead, codes, is_refusal, is_transient, retrying
 
 __all__ = ["ENTRIES", "FETCHED", "Source", "fetch", "image_id", "is_shard", "known", "read_images", "tar_samples"]
 
@@ -63,6 +63,7 @@ _READ_BYTES = 8 * 2**20
 _MAX_SAMPLE_MEMBERS = 64  # names with dots share a key for a whole shard: those are no sample
 _ASSUMED_BYTES = 4 * 2**20
 _REQUESTS_IN_FLIGHT = 64
+_MEMBERS_PER_SIGN = 200
 
 _S3_SETTINGS = {"connect_timeout": 10, "read_timeout": 30, "retries": {"max_attempts": 2}}
 
@@ -208,7 +209,9 @@ class Source:
         return str(found[0])
 
 
-def fetch(entries: pa.Table, *, done: np.ndarray, column: str | None = None) -> Iterator[tuple[pa.Table, int]]:
+def fetch(
+    entries: pa.Table, *, done: np.ndarray, column: str | None = None, alive: Callable[[], object] = lambda: None
+) -> Iterator[tuple[pa.Table, int]]:
     """Reads the images of an index, leaving out what is done before its bytes are decoded.
 
     Loose images are read with many requests in flight, a shard once from front to back.
@@ -217,6 +220,7 @@ def fetch(entries: pa.Table, *, done: np.ndarray, column: str | None = None) -> 
         entries: rows with the schema `ENTRIES`.
         done: sorted image_ids (`S32`) that need no labelling.
         column: as `Source` takes it.
+        alive: is called now and then while a shard is read in which nothing is new.
 
     Yields:
         A table with the schema `FETCHED`, of at most 64 images and about 64 MiB, and how many
@@ -226,7 +230,7 @@ def fetch(entries: pa.Table, *, done: np.ndarray, column: str | None = None) -> 
     yield from _fetch_loose([row for row in rows if not is_shard(row["uri"])], done)
     for row in rows:
         if is_shard(row["uri"]):
-            yield from _fetch_shard(row["uri"], row["version"], done, column)
+            yield from _fetch_shard(row["uri"], row["version"], done, column, alive)
 
 
 def read_images(uris: Iterable[str]) -> dict[str, bytes | Reject]:
@@ -475,7 +479,18 @@ def _look_up(row: dict[str, Any]) -> str | Reject:
         fs, path = _filesystem(row["uri"])
         return _version(retrying(lambda: fs.info(path)))
     except Exception as error:  # whatever the store's client raises
+        if codes(error) & {"400", "403"}:  # S3's answer to HEAD has no body to say which refusal it is
+            return _refused(fs, path, error)
         return _final(error)
+
+
+def _refused(fs: Any, path: str, error: Exception) -> Reject:
+    """What is wrong with an object of which S3 said no more than its status."""
+    try:
+        fs.cat_file(path, start=0, end=1)
+    except Exception as told:  # as above
+        return _final(told)
+    return _final(error)
 
 
 def _cat(sizes: Mapping[str, int | None]) -> dict[str, bytes | Reject]:
@@ -523,7 +538,7 @@ def _cat_once(uris: Iterable[str]) -> Iterator[tuple[str, bytes | Exception]]:
 
 
 def _fetch_shard(
-    shard: str, version: str | None, done: np.ndarray, column: str | None
+    shard: str, version: str | None, done: np.ndarray, column: str | None, alive: Callable[[], object]
 ) -> Iterator[tuple[pa.Table, int]]:
     """The images of a shard; where it breaks off, the shard itself is a reject."""
     num_present = num_read = 0
@@ -543,6 +558,8 @@ def _fetch_shard(
                     identity = image_id(uri, known)
                     if _known(identity, done):
                         num_present += 1
+                        if num_read % _MEMBERS_PER_SIGN == 0:
+                            alive()
                     else:
                         missing = Reject("fetch", "missing", "the row holds no bytes")
                         yield identity, uri, known, missing if data is None else data

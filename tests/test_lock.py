@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -123,6 +124,21 @@ def test_a_lock_that_another_run_took_is_lost(tmp_path: Path, monkeypatch: pytes
         assert lost.wait(5)
     theirs = json.loads((tmp_path / "lock/000000002.json").read_text())
     assert not theirs["released"], "a lock that is not ours is not given back"
+
+
+def test_a_lock_that_cannot_be_renewed_is_given_up_before_others_may_take_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "_RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "_GIVE_UP_SECONDS", 1.0)
+    lost = threading.Event()
+    with hold(LocalFileSystem(), str(tmp_path), "first", wait_seconds=0, say=print, lost=lost.set):
+        assert not lost.wait(2), "it is renewed"
+        shutil.rmtree(tmp_path)
+        tmp_path.write_text("no folder any more")
+        assert lost.wait(5)
+    tmp_path.unlink()
 
 
 def test_a_store_that_ignores_conditions_is_said_to() -> None:
