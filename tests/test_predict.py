@@ -467,7 +467,7 @@ class Exhausted(nn.Module):
         if len(images) > self.capacity:
             raise torch.OutOfMemoryError("CUDA out of memory")
         if (images[:, :, 0, 0] == 1).all(1).any():
-            raise RuntimeError("an odd image")
+            raise ValueError("an odd image")
         result: Tensor = PerPixel()(images)
         return result
 

@@ -1,0 +1,86 @@
+"""The ledger that tasks and the driver share, as a plain object, and the watch over it."""
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from segray import progress
+from segray.progress import Fetched, Ledger, watch
+
+
+def test_without_a_bound_everything_is_granted() -> None:
+    ledger = Ledger()
+    assert ledger.begin("a")
+    assert [ledger.grant("a", number, 64) for number in range(3)] == [64, 64, 64]
+    assert not ledger.snapshot().is_bounded
+
+
+@given(bound=st.integers(1, 50), sizes=st.lists(st.integers(1, 10), max_size=20))
+def test_no_more_than_the_bound_is_granted_however_often_a_task_is_tried(bound: int, sizes: list[int]) -> None:
+    ledger = Ledger(max_images=bound)
+    granted = [ledger.grant("a", number, size) for number, size in enumerate(sizes)]
+    assert sum(granted) == min(bound, sum(sizes))
+    assert [ledger.grant("a", number, size) for number, size in enumerate(sizes)] == granted
+    assert ledger.snapshot().is_bounded == (sum(sizes) > bound)
+    if sum(sizes) >= bound:
+        assert not ledger.begin("b"), "no further block"
+
+
+def test_a_table_that_is_shorter_the_second_time_is_granted_no_more_than_it_has() -> None:
+    ledger = Ledger(max_images=50)
+    assert ledger.grant("a", 0, 40) == 40
+    assert ledger.grant("a", 0, 30) == 30
+
+
+def test_after_the_deadline_nothing_more_is_read() -> None:
+    ledger = Ledger(deadline=time.time() + 0.2)
+    assert ledger.begin("a")
+    assert ledger.grant("a", 0, 5) == 5
+    time.sleep(0.3)
+    assert ledger.grant("a", 1, 5) == 0
+    assert not ledger.begin("b")
+    assert ledger.snapshot().is_bounded
+
+
+def test_what_is_begun_and_not_read_to_its_end_is_named() -> None:
+    ledger = Ledger()
+    for key in "cab":
+        ledger.begin(key)
+    ledger.fetched("a", Fetched(num_seen=3, num_present=0, is_shard=False))
+    assert ledger.unread() == ["b", "c"]
+
+
+SIGNS: dict[str, Callable[[Ledger], object]] = {
+    "alive": Ledger.alive,
+    "begin": lambda ledger: ledger.begin("a"),
+    "fetched": lambda ledger: ledger.fetched("a", Fetched(num_seen=3, num_present=3, is_shard=True)),
+    "grant": lambda ledger: ledger.grant("a", 0, 5),
+}
+
+
+@pytest.mark.parametrize("sign", SIGNS)
+def test_whatever_goes_on_is_a_sign_of_life_once_a_model_is_at_work(sign: str) -> None:
+    ledger = Ledger()
+    assert ledger.snapshot().num_signs == 0, "nodes may take long to come"
+    ledger.beat()
+    before = ledger.snapshot().num_signs
+    assert before > 0
+    SIGNS[sign](ledger)
+    assert ledger.snapshot().num_signs > before
+
+
+def test_a_stall_is_noticed_and_a_run_that_goes_on_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(progress, "STALL_SECONDS", 0.5)
+    ledger, stalled = Ledger(), threading.Event()
+    with watch(ledger.snapshot, 10, 0, time.time(), [], stalled.set):
+        assert not stalled.wait(0.8), "no model is at work yet"
+        for _ in range(10):
+            ledger.beat()
+            time.sleep(0.1)
+        assert not stalled.is_set()
+        assert stalled.wait(3)
