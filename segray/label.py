@@ -192,7 +192,7 @@ def label(job: Label) -> None:
     )
     with lock, session() as ray:
         placement = place(job, ray.nodes())
-        parts = sink.parts()
+        parts = sink.parts()  # before what is done: what a dying run commits in between is then seen at the end
         done = sink.done(with_rejects=not job.retry_rejects)
         index = _index(source, done)
         sink.start(recipe)
@@ -467,25 +467,23 @@ class _Index:
     """Objects that are neither images nor shards."""
 
 
-def _present(source: Any, done: np.ndarray) -> Iterator[tuple[pa.Table, np.ndarray]]:
-    """The source's entries, and which of them are loose images that are done."""
-    from segray.source import image_id, known
+def _sorted_out(source: Any, done: np.ndarray) -> Iterator[tuple[pa.Table, np.ndarray, np.ndarray]]:
+    """The source's entries, which of them are shards, and which are loose images that are done."""
+    from segray.source import image_id, is_shard, known
 
     for table in source.entries():
         uris, versions = table["uri"].to_pylist(), table["version"].to_pylist()
+        shards = np.array([is_shard(uri) for uri in uris], bool)
         ids = [image_id(uri, version or "") for uri, version in zip(uris, versions, strict=True)]
-        yield table, known(np.array(ids, "S32"), done) & table["version"].is_valid().to_numpy()
+        yield table, shards, known(np.array(ids, "S32"), done) & table["version"].is_valid().to_numpy() & ~shards
 
 
 def _index(source: Any, done: np.ndarray) -> _Index:
     import ray
 
-    from segray.source import is_shard
-
     blocks: list[Any] = []
     num_loose = num_shards = num_present = 0
-    for table, present in _present(source, done):
-        shards = np.array([is_shard(uri) for uri in table["uri"].to_pylist()], bool)
+    for table, shards, present in _sorted_out(source, done):
         loose = table.filter(pa.array(~shards & ~present))
         # Few at first, that all may begin; then more, that millions of images are some thousand blocks.
         size = max(_IMAGES_PER_BLOCK, min(_MAX_IMAGES_PER_BLOCK, num_loose // _NUM_SMALL_BLOCKS))
@@ -597,13 +595,11 @@ def _recipe(job: Label, checkpoint: Any) -> dict[str, Any]:
 
 def _print_prospect(job: Label, source: Any, sink: Any, recipe: str) -> None:
     """What a run would do, and by the newest run of this recipe how long it would take."""
-    from segray.source import is_shard
     from segray.store import LabelStore
 
     done = sink.done(with_rejects=not job.retry_rejects, repair=False)
     num_loose = num_shards = num_present = 0
-    for table, present in _present(source, done):
-        shards = np.array([is_shard(uri) for uri in table["uri"].to_pylist()], bool)
+    for table, shards, present in _sorted_out(source, done):
         num_shards += int(shards.sum())
         num_present += int(present.sum())
         num_loose += table.num_rows - int((shards | present).sum())

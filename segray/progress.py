@@ -100,8 +100,7 @@ class Ledger:
 
     def begin(self, key: str) -> bool:
         """Whether a block of the index, named by its first URI, may be read; no more when the bound is reached."""
-        is_over = self._left == 0 or (self._deadline is not None and time.time() >= self._deadline)
-        if is_over and key not in self._begun:
+        if (self._left == 0 or self._is_late()) and key not in self._begun:
             self._is_bounded = True
             return False
         self._begun.add(key)
@@ -109,22 +108,24 @@ class Ledger:
 
     def grant(self, key: str, number: int, num_images: int) -> int:
         """How many images of a block's table of this number may go on."""
-        if self._deadline is not None and time.time() >= self._deadline:
-            self._is_bounded = True
-            return 0
-        self._num_signs += 1
-        if self._left is None:
-            return num_images
         asked = f"{key}\0{number}"
         if asked not in self._grants:
-            self._grants[asked] = min(num_images, self._left)
-            self._left -= self._grants[asked]
-        self._is_bounded |= self._grants[asked] < num_images
-        return min(self._grants[asked], num_images)
+            self._grants[asked] = 0 if self._is_late() else num_images if self._left is None else self._left
+            if self._left is not None:
+                self._grants[asked] = min(self._grants[asked], num_images)
+                self._left -= self._grants[asked]
+        granted = self._grants[asked]
+        if granted and self._left is None:
+            granted = num_images  # a second try may find more in its table than the first
+        self._is_bounded |= granted < num_images
+        return min(granted, num_images)
 
     def fetched(self, key: str, state: Fetched) -> None:
         """A block of the index, named by its first URI, has been read."""
         self._fetched[key] = state
+
+    def _is_late(self) -> bool:
+        return self._deadline is not None and time.time() >= self._deadline
 
     def beat(self) -> None:
         """A model is at work."""
@@ -169,7 +170,12 @@ class Ledger:
             num_done_first=self._num_done_first,
             is_bounded=self._is_bounded,
             num_signs=self._num_beats
-            and self._num_beats + self._num_signs + len(self._begun) + len(self._fetched) + len(self._receipts),
+            and self._num_beats
+            + self._num_signs
+            + len(self._grants)
+            + len(self._begun)
+            + len(self._fetched)
+            + len(self._receipts),
         )
 
 
@@ -246,15 +252,18 @@ def watch(
         next_line, next_sample, sample_seconds = time.time() + _LINE_SECONDS, 0.0, _LOOK_SECONDS
         num_signs, last_sign = 0, time.time()
         while not stop.wait(_LOOK_SECONDS):
+            now = time.time()
             try:
-                state, now = snapshot(), time.time()
-            except Exception:  # the ledger is gone, and the run ends with a better word on it
-                return
-            if state.num_signs != num_signs:
+                state = snapshot()
+            except Exception:  # the ledger is late; or gone, and the run ends with a better word on it
+                state = None
+            if state is not None and state.num_signs != num_signs:
                 num_signs, last_sign = state.num_signs, now
             elif num_signs and now - last_sign > STALL_SECONDS:
                 stalled()
                 return
+            if state is None:
+                continue
             total = _expected(state, num_loose, num_shards)
             text = _describe(state, total)
             bar.update(task, completed=state.num_done, total=total, text=text)

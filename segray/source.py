@@ -339,6 +339,8 @@ def _final(error: Exception) -> Reject:
     Raises:
         RunError: it is the store that cannot be reached; nothing is known of the image.
     """
+    if isinstance(error, ShortRead):  # it was replaced by a smaller one since; the next listing has its new version
+        return Reject("fetch", "shorter than listed", _text(error))
     if is_transient(error):
         raise RunError(f"the source was tried {len(PAUSES_SECONDS) + 1} times in vain: {_text(error)}") from error
     if is_refusal(error):

@@ -279,8 +279,11 @@ def test_members_of_a_shard_that_are_done_are_skipped_and_the_counts_add_up(
     pq.write_table(pa.table({"image": good[:2]}), shards / "b.parquet")
     label(job)
     assert newest_run(sink)["counts"] == {"seen": 8, "labelled": 2, "rejected": 0, "present": 6, "other_files": 0}
+    (shards / "c.tar").write_bytes(b"no archive, however long one looks at it" * 100)
     label(job)
-    assert newest_run(sink)["counts"] == {"seen": 8, "labelled": 0, "rejected": 0, "present": 8, "other_files": 0}
+    assert newest_run(sink)["counts"] == {"seen": 9, "labelled": 0, "rejected": 1, "present": 8, "other_files": 0}
+    label(job)
+    assert newest_run(sink)["counts"] == {"seen": 9, "labelled": 0, "rejected": 0, "present": 9, "other_files": 0}
 
 
 def test_another_tiling_is_another_recipe_beside_the_first(

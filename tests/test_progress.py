@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segray import progress
-from segray.progress import Fetched, Ledger, watch
+from segray.progress import Fetched, Ledger, Snapshot, watch
 
 
 def test_without_a_bound_everything_is_granted() -> None:
@@ -36,12 +37,20 @@ def test_a_table_that_is_shorter_the_second_time_is_granted_no_more_than_it_has(
     assert ledger.grant("a", 0, 30) == 30
 
 
+def test_without_a_bound_a_second_try_may_find_more_than_the_first() -> None:
+    ledger = Ledger()
+    assert ledger.grant("a", 0, 11) == 11
+    assert ledger.grant("a", 0, 64) == 64
+    assert not ledger.snapshot().is_bounded
+
+
 def test_after_the_deadline_nothing_more_is_read() -> None:
     ledger = Ledger(deadline=time.time() + 0.2)
     assert ledger.begin("a")
     assert ledger.grant("a", 0, 5) == 5
     time.sleep(0.3)
     assert ledger.grant("a", 1, 5) == 0
+    assert ledger.grant("a", 0, 5) == 5, "what was granted, if its task is tried again"
     assert not ledger.begin("b")
     assert ledger.snapshot().is_bounded
 
@@ -84,3 +93,22 @@ def test_a_stall_is_noticed_and_a_run_that_goes_on_is_left_alone(monkeypatch: py
             time.sleep(0.1)
         assert not stalled.is_set()
         assert stalled.wait(3)
+
+
+def test_a_ledger_that_does_not_answer_for_a_while_ends_neither_the_watch_nor_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(progress, "_LOOK_SECONDS", 0.05)
+    ledger, stalled, asked = Ledger(), threading.Event(), Counter[str]()
+    ledger.beat()
+
+    def snapshot() -> Snapshot:
+        asked["times"] += 1
+        if asked["times"] == 2:
+            raise TimeoutError
+        return ledger.snapshot()
+
+    with watch(snapshot, 10, 0, time.time(), [], stalled.set):
+        time.sleep(0.5)
+    assert asked["times"] > 3
+    assert not stalled.is_set()

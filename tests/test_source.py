@@ -587,3 +587,25 @@ def test_a_shard_that_breaks_off_for_a_moment_is_read_on_without_a_member_twice(
     assert Flaky.failed
     assert [row["uri"].rpartition("#")[2] for row in found] == [f"{index}.jpg" for index in range(40)]
     assert [row["data"][0] for row in found] == list(range(40))
+
+
+def test_an_object_that_stays_shorter_than_listed_is_a_reject_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segray.source.PAUSES_SECONDS", (0.01,))
+    (tmp_path / "a.jpg").write_bytes(b"half")
+    (tmp_path / "b.jpg").write_bytes(b"whole")
+    found = asked_for(f"file://{tmp_path}/a.jpg", f"file://{tmp_path}/b.jpg", size_bytes=5)
+    assert [row["data"] for row in found] == [None, b"whole"]
+    assert found[0]["reason"].startswith("shorter than listed: ")
+
+
+def test_a_shard_in_which_nothing_is_new_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segray.source._MEMBERS_PER_SIGN", 10)
+    shard = tmp_path / "a.tar"
+    shard.write_bytes(tar_of([(f"{index}.jpg", b"x") for index in range(35)]))
+    entries = pa.table([[f"file://{shard}"], ["1"], [None]], schema=ENTRIES)
+    ids = np.sort(np.array([image_id(f"file://{shard}#{index}.jpg", "1") for index in range(35)], "S32"))
+    signs: list[int] = []
+    [(table, num_present)] = fetch(entries, done=ids, alive=lambda: signs.append(1))
+    assert (table.num_rows, num_present, len(signs)) == (0, 35, 3)
