@@ -1,0 +1,45 @@
+"""Ray's start as a job sees it, in a process of its own; and what is said of an exception from a worker."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from segray.errors import Reject, RunError
+from segray.session import root_cause
+
+PROGRAM = """
+import signal
+from segray.session import session
+
+def ours(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGTERM, ours)
+with session():
+    assert signal.getsignal(signal.SIGTERM) is ours
+"""
+
+
+def test_a_job_still_hears_the_signal_that_ends_it_once_ray_has_started() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    subprocess.run([sys.executable, "-c", PROGRAM], env=environment, check=True, timeout=300)
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (caused(RuntimeError("wrapped"), OSError(28, "No space left")), "OSError: [Errno 28] No space left"),
+        (caused(RuntimeError("wrapped"), ValueError("first line\nsecond")), "ValueError: first line"),
+        (caused(RuntimeError("wrapped"), caused(RunError("ours"), OSError("theirs"))), "ours"),
+        (Reject("fetch", "missing", "x"), "fetch: missing: x"),
+    ],
+)
+def test_the_root_cause_is_one_line_and_our_own_errors_speak_for_themselves(error: Exception, text: str) -> None:
+    assert root_cause(error) == text
