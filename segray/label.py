@@ -11,7 +11,8 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from datetime import time as clock
@@ -44,6 +45,8 @@ _TASK_CPUS = 0.25  # beside a model that computes on all cores, the other stages
 _THREADS = 4
 _LEDGER_SECONDS = 30
 _MAX_NAMED = 20
+_REQUESTS_IN_FLIGHT = 32
+_IMAGES_PER_SHARD = 1000  # as good a guess as any of what is in one that nobody has read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,13 @@ class Label:
     """Seconds to wait for another run that holds the sink's lock."""
 
     dry_run: bool = False
-    """Say what would be labelled and how long it may take, and do nothing."""
+    """Say what would be labelled, what has changed, and how long it may take; write nothing."""
+
+    sample: int | None = None
+    """With --dry-run: label so many images, without writing them, to tell the time by."""
+
+    hourly_cost: float | None = None
+    """With --dry-run: what an hour of the cluster costs, to tell the cost."""
 
     model: str
     """A model's name (deeplabv3_resnet50, unet_resnet34, …), or a segray checkpoint (.safetensors)."""
@@ -112,12 +121,16 @@ class Label:
     """CPU threads of each copy; None: 4, or what the smallest node has; with a GPU 1."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "actors", "threads", "max_pixels", "max_images"):
+        for name in ("batch_size", "actors", "threads", "max_pixels", "max_images", "sample"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         if self.wait < 0:
             raise SettingsError(f"--wait {self.wait}: must be at least 0 seconds")
+        if not self.dry_run and (self.sample, self.hourly_cost) != (None, None):
+            raise SettingsError("--sample and --hourly-cost are of a dry run; give --dry-run")
+        if self.hourly_cost is not None and self.hourly_cost < 0:
+            raise SettingsError(f"--hourly-cost {self.hourly_cost}: must be at least 0")
         if self.deadline is not None:
             _deadline(self.deadline, datetime.now())
         if not 0 <= self.max_rejects <= 1:
@@ -164,7 +177,7 @@ def label(job: Label) -> None:
     from segray import model
     from segray.lock import hold
     from segray.session import root_cause, session
-    from segray.sink import Sink
+    from segray.sink import PartSink, Sink
     from segray.source import Source
 
     source = Source(job.source, job.column)
@@ -179,7 +192,7 @@ def label(job: Label) -> None:
     recipe = _recipe(job, checkpoint)
     sink = Sink(job.sink, recipe["recipe"])
     if job.dry_run:
-        _print_prospect(job, source, sink, recipe["recipe"])
+        _print_prospect(job, source, checkpoint, sink, recipe["recipe"])
         return
 
     lock = hold(
@@ -194,14 +207,20 @@ def label(job: Label) -> None:
         placement = place(job, ray.nodes())
         parts = sink.parts()  # before what is done: what a dying run commits in between is then seen at the end
         done = sink.done(with_rejects=not job.retry_rejects)
-        index = _index(source, done)
+        index = _index(source, sink, done)
         sink.start(recipe)
-        ledger = _start_ledger(ray, job, run)
+        ledger = _start_ledger(ray, job.max_images, run.deadline)
         failure: str | None = None
         try:
             if index.blocks and not run.ended:
-                with run.in_pipeline():
-                    _run_pipeline(ray, job, run, checkpoint, sink, placement, index, done, ledger)
+                labelled = _chain(job, checkpoint, placement, index, done, ledger, sink.write_shard)
+                with run.in_pipeline(), _watched(run, index, ledger):
+                    labelled.write_datasink(
+                        PartSink(sink, checkpoint.classes, run.run_id, ledger, index.num_images),
+                        # Less than the task before it, or Ray would fuse the two and keep a
+                        # whole part's label maps in memory until they are encoded.
+                        ray_remote_args={"num_cpus": placement.task_cpus / 2},
+                    )
             run.status, failure = ("failed", run.ended) if run.ended else ("finished", None)
         except KeyboardInterrupt:
             run.status, failure = ("failed", run.ended) if run.ended else ("interrupted", None)
@@ -236,29 +255,62 @@ def label(job: Label) -> None:
         )
 
 
-def _start_ledger(ray: Any, job: Label, run: "_Run") -> Any:
+def _start_ledger(ray: Any, max_images: int | None, deadline: float | None) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Ledger).remote(job.max_images, run.deadline)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Ledger).remote(max_images, deadline)
 
 
-def _run_pipeline(
-    ray: Any,
+def _chain(
     job: Label,
-    run: "_Run",
     checkpoint: Any,
-    sink: Any,
     placement: Placement,
     index: "_Index",
     done: np.ndarray,
     ledger: Any,
-) -> None:
-    from segray.predict import CPU_ENVIRONMENT, Predictor
-    from segray.sink import PartSink
+    whole: Callable[[str, list[str]], object],
+) -> Any:
+    """From the index to rows with the schema `sink.LABELLED`, as a dataset of Ray that nobody has asked for yet."""
+    import ray
 
-    classes = checkpoint.classes
+    from segray.predict import CPU_ENVIRONMENT, Predictor
+
     done_ref, checkpoint_ref = ray.put(done), ray.put(checkpoint.to_bytes())
+    task: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": placement.task_cpus}
+    fetch_arguments = {"done": done_ref, "column": job.column, "ledger": ledger, "whole": whole}
+    entries: Any = ray.data.from_arrow_refs(index.blocks)
+    return (
+        entries.map_batches(_fetch, **task, fn_kwargs=fetch_arguments)
+        .map_batches(_decode, **task, fn_kwargs={"max_pixels": job.max_pixels})
+        # map_batches would insist on a number of rows with a GPU. Ours are whole blocks,
+        # which Ray bounds in bytes, however large the images are.
+        .map_batches_internal(
+            Predictor,
+            batch_format="pyarrow",
+            # The driver keeps the reference, so that an actor may start again.
+            fn_constructor_args=[functools.partial(ray.get, checkpoint_ref)],
+            fn_constructor_kwargs={
+                "tiling": job.tiling,
+                "batch_size": job.batch_size,
+                "device": placement.device,
+                "dtype": job.dtype,
+                "num_threads": placement.threads,
+                "beat": functools.partial(_beat, ledger),
+            },
+            compute=ray.data.ActorPoolStrategy(size=placement.actors, max_tasks_in_flight_per_actor=2),
+            num_cpus=placement.actor_cpus,
+            num_gpus=1 if placement.device == "cuda" else 0,
+            runtime_env={"env_vars": CPU_ENVIRONMENT} if placement.device == "cpu" else None,
+        )
+        .map_batches(_encode, **task, fn_kwargs={"classes": checkpoint.classes, "ledger": ledger})
+    )
+
+
+@contextlib.contextmanager
+def _watched(run: "_Run", index: "_Index", ledger: Any) -> Iterator[None]:
+    """Shows how the pipeline goes, and ends the run when it stalls."""
+    import ray
 
     def snapshot() -> Snapshot:
         state: Snapshot = ray.get(ledger.snapshot.remote(), timeout=_LEDGER_SECONDS)
@@ -272,40 +324,8 @@ def _run_pipeline(
         more = f" and {len(unread) - _MAX_NAMED} more" if len(unread) > _MAX_NAMED else ""
         run.end(f"nothing went on for {progress.STALL_SECONDS:.0f} s{some}{more}")
 
-    task: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": placement.task_cpus}
     with watch(snapshot, index.num_loose, index.num_shards, run.started.timestamp(), run.samples, stalled):
-        (
-            ray.data.from_arrow_refs(index.blocks)
-            .map_batches(_fetch, **task, fn_kwargs={"done": done_ref, "column": job.column, "ledger": ledger})
-            .map_batches(_decode, **task, fn_kwargs={"max_pixels": job.max_pixels})
-            # map_batches would insist on a number of rows with a GPU. Ours are whole blocks,
-            # which Ray bounds in bytes, however large the images are.
-            .map_batches_internal(
-                Predictor,
-                batch_format="pyarrow",
-                # The driver keeps the reference, so that an actor may start again.
-                fn_constructor_args=[functools.partial(ray.get, checkpoint_ref)],
-                fn_constructor_kwargs={
-                    "tiling": job.tiling,
-                    "batch_size": job.batch_size,
-                    "device": placement.device,
-                    "dtype": job.dtype,
-                    "num_threads": placement.threads,
-                    "beat": functools.partial(_beat, ledger),
-                },
-                compute=ray.data.ActorPoolStrategy(size=placement.actors, max_tasks_in_flight_per_actor=2),
-                num_cpus=placement.actor_cpus,
-                num_gpus=1 if placement.device == "cuda" else 0,
-                runtime_env={"env_vars": CPU_ENVIRONMENT} if placement.device == "cpu" else None,
-            )
-            .map_batches(_encode, **task, fn_kwargs={"classes": classes, "ledger": ledger})
-            .write_datasink(
-                PartSink(sink, classes, run.run_id, ledger),
-                # Less than the task before it, or Ray would fuse the two and keep a
-                # whole part's label maps in memory until they are encoded.
-                ray_remote_args={"num_cpus": placement.task_cpus / 2},
-            )
-        )
+        yield
 
 
 def _beat(ledger: Any) -> None:
@@ -377,7 +397,9 @@ def place(job: Label, nodes: Sequence[Mapping[str, Any]]) -> Placement:
     return Placement(device=device, actors=actors, threads=threads, actor_cpus=actor_cpus, task_cpus=task_cpus)
 
 
-def _fetch(entries: pa.Table, *, done: Any, column: str | None, ledger: Any) -> Iterator[pa.Table]:
+def _fetch(
+    entries: pa.Table, *, done: Any, column: str | None, ledger: Any, whole: Callable[[str, list[str]], object]
+) -> Iterator[pa.Table]:
     import ray
 
     from segray.source import fetch, is_shard
@@ -386,7 +408,7 @@ def _fetch(entries: pa.Table, *, done: Any, column: str | None, ledger: Any) -> 
     if not ray.get(ledger.begin.remote(first)):
         return
     num_seen = num_present = 0
-    fetched = fetch(entries, done=ray.get(done), column=column, alive=lambda: ledger.alive.remote())
+    fetched = fetch(entries, done=ray.get(done), column=column, alive=lambda: ledger.alive.remote(), whole=whole)
     for number, (table, num_skipped) in enumerate(fetched):
         num_granted = ray.get(ledger.grant.remote(first, number, table.num_rows)) if table.num_rows else 0
         num_seen += num_granted + num_skipped
@@ -452,6 +474,51 @@ def _encode(predicted: pa.Table, *, classes: Classes, ledger: Any) -> pa.Table:
 
 
 @dataclass(frozen=True, slots=True)
+class _Page:
+    """Entries of the source, sorted out."""
+
+    loose: pa.Table
+    """Loose images that are not done, with the schema `source.ENTRIES`."""
+    shards: pa.Table
+    """Shards of which it is not known that they are done, likewise."""
+    num_present: int
+    """Images that are done, those in shards too."""
+    num_shards_done: int
+    """Shards of which every image is done."""
+    num_in_shards_done: int
+    """Images in them."""
+
+
+def _pages(source: Any, sink: Any, done: np.ndarray) -> Iterator[_Page]:
+    """What is there and what of it is done, some thousand entries at a time."""
+    from segray.source import image_id, is_shard, known, shard_id
+
+    noted = sink.shards() if len(done) else set()
+
+    def num_done(shard: Mapping[str, Any]) -> int | None:
+        name = shard_id(shard["uri"], shard["version"] or "", source.column)
+        number: int | None = sink.num_done(name, done) if name in noted else None
+        return number
+
+    with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
+        for table in source.entries():
+            shards = np.array([is_shard(uri) for uri in table["uri"].to_pylist()], bool)
+            loose, in_shards = table.filter(pa.array(~shards)), table.filter(pa.array(shards))
+            versioned = zip(loose["uri"].to_pylist(), loose["version"].to_pylist(), strict=True)
+            ids = np.array([image_id(uri, version or "") for uri, version in versioned], "S32")
+            present = known(ids, done) & loose["version"].is_valid().to_numpy()
+            numbers = list(pool.map(num_done, in_shards.to_pylist()))
+            found = [number for number in numbers if number is not None]
+            yield _Page(
+                loose=loose.filter(pa.array(~present)),
+                shards=in_shards.filter(pa.array([number is None for number in numbers], pa.bool_())),
+                num_present=int(present.sum()) + sum(found),
+                num_shards_done=len(found),
+                num_in_shards_done=sum(found),
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class _Index:
     """What is to be done, in blocks that are one task's work each."""
 
@@ -462,36 +529,29 @@ class _Index:
     num_shards: int
     """Shards in them, each a block of its own."""
     num_present: int
-    """Loose images left out, as the sink holds them."""
+    """Images left out, as the sink holds them."""
     num_other: int
     """Objects that are neither images nor shards."""
 
-
-def _sorted_out(source: Any, done: np.ndarray) -> Iterator[tuple[pa.Table, np.ndarray, np.ndarray]]:
-    """The source's entries, which of them are shards, and which are loose images that are done."""
-    from segray.source import image_id, is_shard, known
-
-    for table in source.entries():
-        uris, versions = table["uri"].to_pylist(), table["version"].to_pylist()
-        shards = np.array([is_shard(uri) for uri in uris], bool)
-        ids = [image_id(uri, version or "") for uri, version in zip(uris, versions, strict=True)]
-        yield table, shards, known(np.array(ids, "S32"), done) & table["version"].is_valid().to_numpy() & ~shards
+    @property
+    def num_images(self) -> int:
+        """About how many images there are."""
+        return self.num_loose + self.num_shards * _IMAGES_PER_SHARD
 
 
-def _index(source: Any, done: np.ndarray) -> _Index:
+def _index(source: Any, sink: Any, done: np.ndarray) -> _Index:
     import ray
 
     blocks: list[Any] = []
     num_loose = num_shards = num_present = 0
-    for table, shards, present in _sorted_out(source, done):
-        loose = table.filter(pa.array(~shards & ~present))
+    for page in _pages(source, sink, done):
         # Few at first, that all may begin; then more, that millions of images are some thousand blocks.
         size = max(_IMAGES_PER_BLOCK, min(_MAX_IMAGES_PER_BLOCK, num_loose // _NUM_SMALL_BLOCKS))
-        blocks += [ray.put(loose.slice(row, size)) for row in range(0, loose.num_rows, size)]
-        blocks += [ray.put(table.slice(row, 1)) for row in np.flatnonzero(shards)]
-        num_loose += loose.num_rows
-        num_shards += int(shards.sum())
-        num_present += int(present.sum())
+        blocks += [ray.put(page.loose.slice(row, size)) for row in range(0, page.loose.num_rows, size)]
+        blocks += [ray.put(page.shards.slice(row, 1)) for row in range(page.shards.num_rows)]
+        num_loose += page.loose.num_rows
+        num_shards += page.shards.num_rows
+        num_present += page.num_present
     return _Index(blocks, num_loose, num_shards, num_present, source.num_other)
 
 
@@ -593,33 +653,91 @@ def _recipe(job: Label, checkpoint: Any) -> dict[str, Any]:
     }
 
 
-def _print_prospect(job: Label, source: Any, sink: Any, recipe: str) -> None:
-    """What a run would do, and by the newest run of this recipe how long it would take."""
+def _print_prospect(job: Label, source: Any, checkpoint: Any, sink: Any, recipe: str) -> None:
+    """What a run would do, how long it would take and what it would cost."""
+    from segray.source import num_members
     from segray.store import LabelStore
 
+    records, others = [], []
+    with contextlib.suppress(SinkError):  # there is no store yet
+        store = LabelStore.open(job.sink)
+        records = [record for record in store.runs() if record["recipe"] == recipe and record["images_per_second"]]
+        others = [other for other in store.recipe_ids() if other != recipe]
     done = sink.done(with_rejects=not job.retry_rejects, repair=False)
-    num_loose = num_shards = num_present = 0
-    for table, shards, present in _sorted_out(source, done):
-        num_shards += int(shards.sum())
-        num_present += int(present.sum())
-        num_loose += table.num_rows - int((shards | present).sum())
+    pages = list(_pages(source, sink, done))
+    loose, shards = (pa.concat_tables(getattr(page, name) for page in pages) for name in ("loose", "shards"))
+    num_loose, num_shards = loose.num_rows, shards.num_rows
+    num_shards_done = sum(page.num_shards_done for page in pages)
+    if num_shards_done:
+        per_shard = sum(page.num_in_shards_done for page in pages) / num_shards_done
+    else:
+        per_shard = num_members(shards["uri"][0].as_py(), job.column) if num_shards else 0
+    beside = f" (beside {', '.join(others)})" if others else ""
     print_table(
         ["dry run", ""],
         [
+            ["recipe", f"{recipe}{', new' if not len(done) else ''}{beside}"],
             ["loose images to label", f"{num_loose:,}"],
-            ["already there", f"{num_present:,}"],
-            ["shards, opened to see what is new", f"{num_shards:,}"],
+            ["shards to open", f"{num_shards:,}{f', of about {per_shard:,.0f} images' if num_shards else ''}"],
+            ["of these, changed since they were labelled", f"{sink.num_changed(pa.concat_tables([loose, shards])):,}"],
+            ["images already there", f"{sum(page.num_present for page in pages):,}"],
+            ["shards of which all is there", f"{num_shards_done:,}"],
         ],
     )
-    with contextlib.suppress(SinkError):  # there is no store yet
-        for record in LabelStore.open(job.sink).runs():
-            if record["recipe"] == recipe and (rate := record["images_per_second"]):
-                seconds = record["seconds"]["start"] + num_loose / rate
-                print(
-                    f"about {timedelta(seconds=round(seconds))} for the loose images, at run {record['run_id']}'s rate"
-                )
-                return
-    print("no run of this recipe in the sink to tell its time from; try --max-images 1000 first")
+    num_images = min(num_loose + round(num_shards * per_shard), job.max_images or sys.maxsize)
+    if not num_images:
+        print("nothing to do")
+        return
+    if job.sample is not None:
+        start_seconds, rate = _time_sample(job, checkpoint, loose, shards, done)
+        basis = "a sample"
+    elif records:
+        start_seconds, rate = records[0]["seconds"]["start"], records[0]["images_per_second"]
+        basis = f"run {records[0]['run_id']}"
+    else:
+        print(f"about {num_images:,} images; no run of this recipe tells how long that takes: try --sample 500")
+        return
+    seconds = start_seconds + num_images / rate
+    cost = f", at a cost of {job.hourly_cost * seconds / 3600:,.2f}" if job.hourly_cost is not None else ""
+    print(
+        f"about {num_images:,} images in {timedelta(seconds=round(seconds))}{cost}, "
+        f"at the {rate:.1f} images/s of {basis}"
+    )
+
+
+def _time_sample(
+    job: Label, checkpoint: Any, loose: pa.Table, shards: pa.Table, done: np.ndarray
+) -> tuple[float, float]:
+    """Labels some images and forgets them: the seconds before the first, and images a second from there.
+
+    Raises:
+        RunError: they were too few to tell.
+    """
+    from segray.session import session
+
+    assert job.sample is not None
+    began = time.time()
+    with session() as ray:
+        blocks = []
+        for table, size in ((loose, _IMAGES_PER_BLOCK), (shards, 1)):
+            # From all over the index, as its beginning may be like itself alone.
+            rows = np.unique(np.linspace(0, table.num_rows, job.sample, endpoint=False, dtype=int))
+            some = table.take(pa.array(rows[: table.num_rows]))
+            blocks += [ray.put(some.slice(row, size)) for row in range(0, some.num_rows, size)]
+        ledger = _start_ledger(ray, job.sample, None)
+        index = _Index(blocks, loose.num_rows, shards.num_rows, 0, 0)
+        chain = _chain(job, checkpoint, place(job, ray.nodes()), index, done, ledger, _forget)
+        for _ in chain.iter_batches(batch_size=None):
+            pass
+        state: Snapshot = ray.get(ledger.snapshot.remote(), timeout=_LEDGER_SECONDS)
+    if state.first_done is None or state.last_done is None or state.num_done == state.num_done_first:
+        raise RunError(f"--sample {job.sample}: too few to tell the time by; take some hundred")
+    rate = (state.num_done - state.num_done_first) / (state.last_done - state.first_done)
+    return state.first_done - began, rate
+
+
+def _forget(shard: str, members: list[str]) -> None:
+    """Notes nothing."""
 
 
 def _print_summary(job: Label, record: Mapping[str, Any]) -> None:

@@ -124,7 +124,7 @@ class _Store:
         """Says something new of a generation that is ours."""
         data = json.dumps(dataclasses.asdict(holder)).encode()
         if isinstance(self._fs, LocalFileSystem):
-            temporary = f"{self._path(generation)}.{os.getpid()}.tmp"
+            temporary = f"{self._folder}/.{generation:09d}.json.{os.getpid()}.tmp"
             with open(temporary, "wb") as file:
                 file.write(data)
             os.replace(temporary, self._path(generation))

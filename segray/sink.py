@@ -5,6 +5,7 @@
     SINK/rejects/recipe=<id>/part-<digest>.parquet
     SINK/recipes/<id>.json
     SINK/runs/<run_id>.json
+    SINK/shards/<shard_id>.parquet
 
 A part is named by the digest of the image_ids in it and is written whole or not at all. The
 statistics part goes first; the label_maps part of the same name is the commit.
@@ -12,9 +13,14 @@ statistics part goes first; the label_maps part of the same name is the commit.
 What an interrupted run leaves is put in order by the next one: temporary files and statistics
 without label maps are removed, and an image that came twice (a worker died between its commit
 and its receipt, or outlived its driver) keeps one row.
+
+What a shard holds cannot be listed, so whoever has read one to its end notes the image_ids in it.
+The note says nothing of what is done, only what to look for among it: a shard whose images are
+all done need not be opened.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -41,8 +47,9 @@ from ray.data.block import Block
 from segray.classes import Classes
 from segray.errors import SinkError
 from segray.retry import retrying
+from segray.source import known
 
-__all__ = ["LABELLED", "LABEL_MAPS", "REJECTS", "STATISTICS", "PartSink", "Receipt", "Sink", "part_name"]
+__all__ = ["LABELLED", "LABEL_MAPS", "REJECTS", "SHARDS", "STATISTICS", "PartSink", "Receipt", "Sink", "part_name"]
 
 LABEL_MAPS = pa.schema(
     {
@@ -83,6 +90,9 @@ REJECTS = pa.schema(
 )
 """One row for each image that could not be labelled: `reason` is `kind: detail`."""
 
+SHARDS = pa.schema({"image_id": pa.string()})
+"""One row for each image of a shard."""
+
 LABELLED = pa.schema(
     {
         "image_id": pa.string(),
@@ -102,7 +112,9 @@ LABELLED = pa.schema(
 _PART_BYTES = 64 * 2**20
 _REQUESTS_IN_FLIGHT = 32
 _READ_BYTES = 2**18
-_TEMPORARY = re.compile(r"\.(part-[0-9a-f]{32}\.parquet|[\w-]+\.json)\.\w+\.tmp")
+_TEMPORARY = re.compile(r"\.((part-)?[0-9a-f]{32}\.parquet|[\w-]+\.json)\.\w+\.tmp")
+_PART_ROWS = 256, 2048  # at least and at most, where their bytes do not decide
+_NUM_PARTS = 400
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,7 +175,8 @@ class Sink:
             for orphan in self._parts("statistics").keys() - self._parts("label_maps").keys():
                 self._remove("statistics", orphan)
             if isinstance(self.filesystem, LocalFileSystem):
-                for folder in (*map(self._folder, ("label_maps", "statistics", "rejects")), f"{self.root}/runs"):
+                folders = [f"{self.root}/{name}" for name in ("lock", "recipes", "runs", "shards")]
+                for folder in (*map(self._folder, ("label_maps", "statistics", "rejects")), *folders):
                     for path in self._list(folder):
                         if _TEMPORARY.fullmatch(path.rpartition("/")[2]):
                             os.unlink(path)
@@ -184,16 +197,20 @@ class Sink:
         Raises:
             SinkError: a part cannot be read, or not be replaced.
         """
-        parts, ids, positions = self._image_ids()
+        parts, ids, positions, first_rows = self._image_ids()
         order = np.argsort(ids, kind="stable")
         ids, positions = ids[order], positions[order]
         is_first = np.ones(len(ids), bool)
         is_first[1:] = ids[1:] != ids[:-1]
+        kept: set[tuple[str, str]] = set()
         for position in np.unique(positions[~is_first]) if repair else ():
             # Stable, and the parts are in the order of their worth: the first row is the one to keep.
             kind, part = parts[position]
+            if (kind, part) in kept:  # what an earlier part was left with is what this one holds, and so its name
+                continue
+            rows = np.sort(order[~is_first & (positions == position)]) - first_rows[position]
             try:
-                self._drop(kind, part, ids[~is_first & (positions == position)])
+                kept.add((kind, self._drop(kind, part, rows)))
             except OSError as error:
                 raise SinkError(f"{self._folder(kind)}/{part} cannot be replaced: {error}") from error
         if with_rejects:
@@ -201,20 +218,45 @@ class Sink:
         is_labelled = np.array([kind == "label_maps" for kind, _ in parts], bool)
         return ids[is_first & is_labelled[positions]] if parts else ids
 
-    def _image_ids(self) -> tuple[list[tuple[str, str]], np.ndarray, np.ndarray]:
-        """The parts, label maps before rejects and new rejects before old ones; every image_id; of which part it is."""
+    def num_changed(self, entries: pa.Table) -> int:
+        """How many objects of an index were labelled as they are no more: in another version, and not in this one.
+
+        Args:
+            entries: rows with the columns `uri` and `version`.
+        """
+        parts = sorted(self._parts("label_maps")) if entries.num_rows else []
+        rows: set[tuple[str, str]] = set()
+        with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
+            for first in range(0, len(parts), _REQUESTS_IN_FLIGHT):
+                some = parts[first : first + _REQUESTS_IN_FLIGHT]
+                read = functools.partial(self._read, "label_maps", columns=["uri", "version"])
+                table = pa.concat_tables(pool.map(read, some))
+                shards = pc.replace_substring_regex(table["uri"], "#.*", "")
+                for uris in (table["uri"], shards):
+                    found = pc.is_in(uris, entries["uri"].combine_chunks())
+                    rows |= set(
+                        zip(uris.filter(found).to_pylist(), table["version"].filter(found).to_pylist(), strict=True)
+                    )
+        labelled = {uri for uri, _ in rows}
+        now = zip(entries["uri"].to_pylist(), entries["version"].to_pylist(), strict=True)
+        return sum(uri in labelled and version is not None and (uri, version) not in rows for uri, version in now)
+
+    def _image_ids(self) -> tuple[list[tuple[str, str]], np.ndarray, np.ndarray, np.ndarray]:
+        """The parts, label maps before rejects and new rejects before old ones; every image_id; its part; each's first.
+
+        Parts are told by their position in the list, and the first row of each by its position among the ids.
+        """
         parts = [("label_maps", part) for part in sorted(self._parts("label_maps"))]
         rejects = self._parts("rejects")
         parts += [("rejects", part) for part in sorted(rejects, key=lambda part: (rejects[part], part), reverse=True)]
         with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
             found = list(pool.map(self._ids_of, parts))
         ids = np.concatenate([np.array([], "S32"), *found])
-        positions = np.repeat(np.arange(len(parts), dtype=np.int32), [len(some) for some in found])
-        return parts, ids, positions
+        lengths = np.array([len(some) for some in found], np.int64)
+        return parts, ids, np.repeat(np.arange(len(parts), dtype=np.int32), lengths), np.cumsum(lengths) - lengths
 
     def _ids_of(self, part: tuple[str, str]) -> np.ndarray:
-        ids = self._read(*part, ["image_id"]).column(0)
-        return np.concatenate([np.array([], "S32"), *(chunk.to_numpy(False).astype("S32") for chunk in ids.chunks)])
+        return _ids(self._read(*part, ["image_id"]))
 
     def _read(self, kind: str, part: str, columns: list[str] | None = None) -> pa.Table:
         path = f"{self._folder(kind)}/{part}"
@@ -232,22 +274,23 @@ class Sink:
                 "move it away, and the next run does its images again"
             ) from error
 
-    def _drop(self, kind: str, part: str, ids: np.ndarray) -> None:
-        """Rewrites a part without these images: what stays is written before the part goes."""
-        superfluous = pa.array(ids.astype(str))
+    def _drop(self, kind: str, part: str, superfluous: Int64[np.ndarray, " n"]) -> str:
+        """Rewrites a part without these rows, what stays before the part goes; the name of the new one."""
         rows = self._read(kind, part)
-        rest = rows.filter(pc.invert(pc.is_in(rows["image_id"], superfluous)))
+        is_kept = np.ones(rows.num_rows, bool)
+        is_kept[superfluous] = False
+        rest = rows.filter(pa.array(is_kept))
         name = part_name(rest)
-        if kind == "label_maps":
+        if rest.num_rows and kind == "label_maps":
             statistics = self._read("statistics", part)
-            kept = statistics.filter(pc.invert(pc.is_in(statistics["image_id"], superfluous)))
-            if rest.num_rows:
-                self._put_table("statistics", name, kept, STATISTICS)
+            kept = statistics.filter(pc.is_in(statistics["image_id"], rest["image_id"].combine_chunks()))
+            self._put_table("statistics", name, kept, STATISTICS)
         if rest.num_rows:
             self._put_table(kind, name, rest, LABEL_MAPS if kind == "label_maps" else REJECTS)
         self._remove(kind, part)
         if kind == "label_maps":
             self._remove("statistics", part)
+        return name
 
     def write(self, rows: pa.Table, classes: Classes, run_id: str) -> Iterator[Receipt]:
         """Commits labelled and rejected images, in parts of at most about 64 MiB.
@@ -265,6 +308,23 @@ class Sink:
                 first, size_bytes = row, 0
             size_bytes += int(size)
         yield self._write_part(rows.slice(first), classes, run_id)
+
+    def write_shard(self, shard: str, image_ids: list[str]) -> None:
+        """Notes which images a shard holds, named by its `source.shard_id`."""
+        self._put(f"{self.root}/shards/{shard}.parquet", _parquet(pa.table([image_ids], schema=SHARDS)))
+
+    def shards(self) -> set[str]:
+        """The shards of which it is noted what they hold."""
+        return {path.rpartition("/")[2].removesuffix(".parquet") for path in self._list(f"{self.root}/shards")}
+
+    def num_done(self, shard: str, done: np.ndarray) -> int | None:
+        """How many images a noted shard holds, where all of them are among the sorted `done`; else None."""
+        try:
+            data = self.filesystem.cat_file(f"{self.root}/shards/{shard}.parquet")
+            ids = _ids(pq.ParquetFile(pa.BufferReader(data)).read())
+        except Exception:  # of the store, or a damaged note: the shard is read, and noted again
+            return None
+        return len(ids) if known(ids, done).all() else None
 
     def write_json(self, path: str, value: dict[str, Any]) -> None:
         """Writes a small document, whole or not at all; `path` is relative to the sink."""
@@ -300,9 +360,7 @@ class Sink:
         )
 
     def _put_table(self, kind: str, part: str, table: pa.Table, schema: pa.Schema) -> None:
-        buffer = io.BytesIO()
-        pq.write_table(table.select(schema.names).cast(schema), buffer, compression="zstd")
-        self._put(f"{self._folder(kind)}/{part}", buffer.getvalue())
+        self._put(f"{self._folder(kind)}/{part}", _parquet(table.select(schema.names).cast(schema)))
 
     def _folder(self, kind: str) -> str:
         return f"{self.root}/{kind}/recipe={self._recipe}"
@@ -348,20 +406,33 @@ class Sink:
 
 
 class PartSink(Datasink[None]):
-    """A `Sink` as Ray Data writes to it, a few hundred images a task.
+    """A `Sink` as Ray Data writes to it, a few hundred images a task, and in long runs some thousand.
 
     Each receipt goes to an actor as soon as its part is committed, so that a run that is cut
     short knows what it has.
     """
 
-    min_rows_per_write = 256
+    def __init__(self, sink: Sink, classes: Classes, run_id: str, ledger: Any, num_images: int) -> None:
+        """Binds the sink to a run.
 
-    def __init__(self, sink: Sink, classes: Classes, run_id: str, ledger: Any) -> None:
-        """Binds the sink to a run; `ledger` is a handle of an actor with a method `commit(receipt)`."""
+        Args:
+            sink: where the parts go.
+            classes: the recipe's.
+            run_id: the run.
+            ledger: a handle of an actor with a method `commit(receipt)`.
+            num_images: about how many there are in the run.
+        """
+        least, most = _PART_ROWS
+        self._num_rows = max(least, min(most, num_images // _NUM_PARTS))
         self._sink = sink
         self._classes = classes
         self._run_id = run_id
         self._ledger = ledger
+
+    @property
+    def min_rows_per_write(self) -> int:
+        """Rows that Ray Data gathers for a task."""
+        return self._num_rows
 
     def write(self, blocks: Iterable[Block], ctx: object) -> None:
         """Commits the images of one task."""
@@ -377,6 +448,17 @@ def part_name(rows: pa.Table) -> str:
     """The name of the part that holds these rows: the digest of their image_ids, in whatever order."""
     ids = "".join(sorted(rows["image_id"].to_pylist()))
     return f"part-{hashlib.blake2b(ids.encode(), digest_size=16).hexdigest()}.parquet"
+
+
+def _parquet(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def _ids(table: pa.Table) -> np.ndarray:
+    chunks = table["image_id"].chunks
+    return np.concatenate([np.array([], "S32"), *(chunk.to_numpy(False).astype("S32") for chunk in chunks)])
 
 
 def _of_run(rows: pa.Table, run_id: str) -> pa.Table:

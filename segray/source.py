@@ -6,6 +6,7 @@ An image's URI is that of its object, or that of its shard with the member behin
 etag, or size and modification time; the digest of both is its image_id.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -31,10 +32,22 @@ from jaxtyping import Bool, Shaped
 from segray.errors import Reject, RunError, SourceError
 from segray.retry import PAUSES_SECONDS, ShortRead, codes, is_refusal, is_transient, retrying
 
-__all__ = ["ENTRIES", "FETCHED", "Source", "fetch", "image_id", "is_shard", "known", "read_images", "tar_samples"]
+__all__ = [
+    "ENTRIES",
+    "FETCHED",
+    "Source",
+    "fetch",
+    "image_id",
+    "is_shard",
+    "known",
+    "num_members",
+    "read_images",
+    "shard_id",
+    "tar_samples",
+]
 
 ENTRIES = pa.schema({"uri": pa.string(), "version": pa.string(), "size_bytes": pa.int64()})
-"""What an index holds: a row an object. A manifest knows neither version nor size (null)."""
+"""What an index holds: a row an object. A manifest knows no sizes, and versions of shards alone (else null)."""
 
 FETCHED = pa.schema(
     {
@@ -75,6 +88,11 @@ def image_id(uri: str, version: str) -> str:
     return hashlib.blake2b(f"{uri}\0{version}".encode(), digest_size=16).hexdigest()
 
 
+def shard_id(uri: str, version: str, column: str | None) -> str:
+    """The digest of all that decides which images a shard holds: 32 hexadecimal digits."""
+    return image_id(uri, f"{version}\0{column or ''}")
+
+
 def is_shard(uri: str) -> bool:
     """Whether the URI's ending says that there are many images in it."""
     return uri.lower().endswith(_SHARD_SUFFIXES)
@@ -93,6 +111,7 @@ class Source:
 
     Attributes:
         uri: as it was given.
+        column: as it was given.
         num_other: objects met by the newest `entries` that are neither images nor shards.
     """
 
@@ -107,7 +126,7 @@ class Source:
             SourceError: nothing is there, or it cannot be read.
         """
         self.uri = uri
-        self._column = column
+        self.column = column
         self.num_other = 0
         try:
             self._fs, self._path = _filesystem(uri)
@@ -166,10 +185,10 @@ class Source:
             return False
         with self._fs.open(self._path, "rb") as file:
             schema = pq.read_schema(file)
-        if _bytes_column(schema, self._column) is not None:
+        if _bytes_column(schema, self.column) is not None:
             return False
         several = _bytes_columns(schema)
-        if self._column is None and len(several) > 1:
+        if self.column is None and len(several) > 1:
             raise SourceError(
                 f"{self.uri} has {len(several)} columns that may hold images ({', '.join(several)}); "
                 "name one with --column"
@@ -191,13 +210,26 @@ class Source:
         folder = self._fs.unstrip_protocol(self._path).rpartition("/")[0]
         unique = pc.unique(pc.drop_null(pc.cast(uris, pa.string())))
         absolute = (_absolute(str(uri), folder) for uri in unique)
-        yield from _tables((uri, None, None) for uri in dict.fromkeys(absolute))
+        yield from _tables(self._looked_up(dict.fromkeys(absolute)))
+
+    @staticmethod
+    def _looked_up(uris: Iterable[str]) -> Iterator[tuple[str, str | None, None]]:
+        """Each with its version where it is a shard that is there: a look at it may spare its being read."""
+
+        def version(uri: str) -> str | None:
+            found = _look_up({"uri": uri, "version": None}) if is_shard(uri) else None
+            return None if isinstance(found, Reject) else found
+
+        remaining = iter(uris)
+        with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
+            while page := list(islice(remaining, _ENTRIES_PER_TABLE)):
+                yield from ((uri, found, None) for uri, found in zip(page, pool.map(version, page), strict=True))
 
     def _uri_column(self, schema: pa.Schema) -> str:
-        if self._column is not None:
-            if self._column not in schema.names:
-                raise SourceError(f"{self.uri} has no column {self._column!r}; there are {', '.join(schema.names)}")
-            return self._column
+        if self.column is not None:
+            if self.column not in schema.names:
+                raise SourceError(f"{self.uri} has no column {self.column!r}; there are {', '.join(schema.names)}")
+            return self.column
         texts = [field.name for field in schema if _is_text(field.type)]
         named = [name for name in texts if name.lower() in _URI_NAMES]
         found = named if named else texts
@@ -210,7 +242,12 @@ class Source:
 
 
 def fetch(
-    entries: pa.Table, *, done: np.ndarray, column: str | None = None, alive: Callable[[], object] = lambda: None
+    entries: pa.Table,
+    *,
+    done: np.ndarray,
+    column: str | None = None,
+    alive: Callable[[], object] = lambda: None,
+    whole: Callable[[str, list[str]], object] = lambda shard, members: None,
 ) -> Iterator[tuple[pa.Table, int]]:
     """Reads the images of an index, leaving out what is done before its bytes are decoded.
 
@@ -221,6 +258,8 @@ def fetch(
         done: sorted image_ids (`S32`) that need no labelling.
         column: as `Source` takes it.
         alive: is called now and then while a shard is read in which nothing is new.
+        whole: is called with the `shard_id` of a shard that was read as far as it can be, and the image_ids in it
+            (the shard's own among them where it breaks off).
 
     Yields:
         A table with the schema `FETCHED`, of at most 64 images and about 64 MiB, and how many
@@ -230,7 +269,16 @@ def fetch(
     yield from _fetch_loose([row for row in rows if not is_shard(row["uri"])], done)
     for row in rows:
         if is_shard(row["uri"]):
-            yield from _fetch_shard(row["uri"], row["version"], done, column, alive)
+            yield from _fetch_shard(row["uri"], row["version"], done, column, alive, whole)
+
+
+def num_members(shard: str, column: str | None = None) -> int:
+    """How many images are in a shard, as far as it can be read."""
+    number = 0
+    with contextlib.suppress(Exception):  # whatever the store's client raises, and damaged shards
+        for _ in _members(shard, column):
+            number += 1
+    return number
 
 
 def read_images(uris: Iterable[str]) -> dict[str, bytes | Reject]:
@@ -540,39 +588,46 @@ def _cat_once(uris: Iterable[str]) -> Iterator[tuple[str, bytes | Exception]]:
 
 
 def _fetch_shard(
-    shard: str, version: str | None, done: np.ndarray, column: str | None, alive: Callable[[], object]
+    shard: str,
+    version: str | None,
+    done: np.ndarray,
+    column: str | None,
+    alive: Callable[[], object],
+    whole: Callable[[str, list[str]], object],
 ) -> Iterator[tuple[pa.Table, int]]:
     """The images of a shard; where it breaks off, the shard itself is a reject."""
-    num_present = num_read = 0
+    num_present = 0
+    members: list[str] = []
 
     def images() -> Iterator[tuple[str, str, str, bytes | Reject]]:
-        nonlocal num_present, num_read
+        nonlocal num_present
         looked_up = _look_up({"uri": shard, "version": version})
         known = "" if isinstance(looked_up, Reject) else looked_up
         pauses = iter(PAUSES_SECONDS)
         while True:
-            num_before = num_read
+            num_before = len(members)
             try:
                 if isinstance(looked_up, Reject):
                     raise looked_up
-                for uri, data in islice(_members(shard, column), num_read, None):
-                    num_read += 1
+                for uri, data in islice(_members(shard, column), num_before, None):
                     identity = image_id(uri, known)
+                    members.append(identity)
                     if _known(identity, done):
                         num_present += 1
-                        if num_read % _MEMBERS_PER_SIGN == 0:
+                        if len(members) % _MEMBERS_PER_SIGN == 0:
                             alive()
                     else:
                         missing = Reject("fetch", "missing", "the row holds no bytes")
                         yield identity, uri, known, missing if data is None else data
                 return
             except Exception as error:  # whatever the store's client raises, and damaged shards
-                if num_read > num_before:
+                if len(members) > num_before:
                     pauses = iter(PAUSES_SECONDS)
                 if is_transient(error) and (pause := next(pauses, None)):
                     time.sleep(pause)
                     continue  # from its beginning, past what has been read
                 identity = image_id(shard, known)
+                members.append(identity)
                 if _known(identity, done):
                     num_present += 1
                     return
@@ -586,6 +641,8 @@ def _fetch_shard(
         num_present = 0
     if num_present:
         yield FETCHED.empty_table(), num_present
+    if version is not None:
+        whole(shard_id(shard, version, column), members)
 
 
 def _members(shard: str, column: str | None) -> Iterator[tuple[str, bytes | None]]:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from segray import sink
@@ -162,7 +162,8 @@ def stored(store: Sink, kind: str) -> list[tuple[str, str]]:
 NAMES = st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=5, unique=True)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=100)
+@example([(["a", "b"], False), (["a", "e", "b", "g"], False), (["g", "e"], False)])  # what is left of one is another
 @given(st.lists(st.tuples(NAMES, st.booleans()), max_size=5))
 def test_whatever_came_twice_keeps_one_row_and_labels_outweigh_rejects(writes: list[tuple[list[str], bool]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -185,6 +186,13 @@ def test_whatever_came_twice_keeps_one_row_and_labels_outweigh_rejects(writes: l
                     ids = pq.read_table(f"{folder}/{kind}/recipe=r1/{part.partition('/')[2]}")["image_id"].to_pylist()
                     digest = hashlib.blake2b("".join(sorted(ids)).encode(), digest_size=16).hexdigest()
                     assert part == f"{kind}/part-{digest}.parquet"
+
+
+def test_an_image_that_is_twice_in_one_part_keeps_one_row(tmp_path: Path) -> None:
+    store = Sink(str(tmp_path), "r1")
+    [*_] = store.write(rows("a", "b", "a"), CLASSES, "run")
+    store.done()
+    assert stored(store, "label_maps") == sorted((image_id(name, "1"), "run") for name in "ab")
 
 
 def test_of_two_rejects_the_newer_stays(tmp_path: Path) -> None:
