@@ -24,7 +24,7 @@ NUM_PHOTOS = 1000
 
 OPTIONS = {
     "label": [
-        *("source", "sink", "retry_rejects", "max_images", "deadline", "wait", "dry_run"),
+        *("source", "sink", "retry_rejects", "max_images", "deadline", "wait", "dry_run", "sample", "hourly_cost"),
         *("model", "weights", "classes", "column", "max_pixels", "max_rejects"),
         *("tiling.size", "tiling.overlap", "tiling.blend", "device", "dtype", "batch_size", "actors", "threads"),
     ],

@@ -286,6 +286,45 @@ def test_members_of_a_shard_that_are_done_are_skipped_and_the_counts_add_up(
     assert newest_run(sink)["counts"] == {"seen": 9, "labelled": 0, "rejected": 0, "present": 9, "other_files": 0}
 
 
+@pytest.mark.parametrize("by_manifest", [False, True])
+def test_a_shard_of_which_all_is_done_is_not_opened(
+    by_manifest: bool, tmp_path: Path, small_model: str, ray_cluster: None
+) -> None:
+    def write_shard(path: Path, num_images: int) -> None:
+        with tarfile.open(path, "w") as tar:
+            for index in range(num_images):
+                info = tarfile.TarInfo(f"{index}.jpg")
+                data = jpeg(index)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+    source, sink = tmp_path / "shards", tmp_path / "labels"
+    source.mkdir()
+    whole, broken = source / "whole.tar", source / "broken.tar"
+    write_shard(whole, 20)
+    write_shard(broken, 20)
+    os.truncate(broken, broken.stat().st_size // 2 // 512 * 512 + 100)
+    manifest = tmp_path / "manifest.txt"
+    manifest.write_text(f"{whole}\n{broken}\n")
+    job = Label(source=str(manifest if by_manifest else source), sink=str(sink), model=small_model, max_rejects=1)
+    label(job)
+    first = newest_run(str(sink))["counts"]
+    assert (first["labelled"] > 20, first["rejected"]) == (True, 1)
+
+    for shard in (whole, broken):  # another content under the same version: whoever opens it finds no image
+        before = shard.stat()
+        shard.write_bytes(bytes(before.st_size))
+        os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    label(job)
+    again = newest_run(str(sink))["counts"]
+    assert again == first | {"labelled": 0, "rejected": 0, "present": first["seen"]}
+
+    for note in (sink / "shards").iterdir():
+        note.write_bytes(b"no Parquet")
+    label(job)
+    assert newest_run(str(sink))["counts"]["present"] == 0, "a note that cannot be read says nothing"
+
+
 def test_another_tiling_is_another_recipe_beside_the_first(
     photos: Path, tmp_path: Path, small_model: str, ray_cluster: None
 ) -> None:
@@ -389,8 +428,43 @@ def test_a_dry_run_counts_and_does_nothing(
     label(Label(source=str(photos), sink=str(tmp_path / "labels"), model=small_model, dry_run=True))
     printed = capsys.readouterr().out
     assert re.search(r"loose images to label\s+│\s+10 ", printed)
-    assert "no run of this recipe" in printed
+    assert "about 10 images; no run of this recipe" in printed
     assert not (tmp_path / "labels").exists()
+
+
+def test_a_dry_run_tells_time_and_cost_by_a_sample_or_by_the_last_run(
+    photos: Path, tmp_path: Path, small_model: str, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sink = tmp_path / "labels"
+    for index in range(90):
+        (photos / f"more-{index:02d}.jpg").write_bytes(jpeg(200 + index))
+    pq.write_table(pa.table({"image": [jpeg(100 + index) for index in range(30)]}), photos / "a.parquet")
+    job = Label(source=str(photos), sink=str(sink), model=small_model)
+    dry = dataclasses.replace(job, dry_run=True, hourly_cost=3600.0)
+    label(dataclasses.replace(dry, sample=80))
+    printed = capsys.readouterr().out
+    assert re.search(r"shards to open\s+│\s+1, of about 30 images", printed)
+    assert re.search(r"about 130 images in 0:.*, at a cost of [\d.]+, at the [\d.]+ images/s of a sample", printed)
+    assert not sink.exists()
+
+    label(job)
+    before = {path: path.stat().st_mtime_ns for path in sink.rglob("*")}
+    (photos / "more-00.jpg").write_bytes(jpeg(500))
+    (photos / "new.jpg").write_bytes(jpeg(501))
+    pq.write_table(pa.table({"image": [jpeg(600)]}), photos / "a.parquet")
+    capsys.readouterr()
+    label(dry)
+    printed = capsys.readouterr().out
+    for row, number in [
+        ("loose images to label", 2),
+        ("shards to open", 1),
+        ("of these, changed since they were labelled", 2),
+        ("images already there", 99),
+        ("shards of which all is there", 0),
+    ]:
+        assert re.search(rf"{row}\s+│\s+{number}\D", printed), f"{row}: {printed}"
+    assert f"images/s of run {newest_run(str(sink))['run_id']}" in printed
+    assert {path: path.stat().st_mtime_ns for path in sink.rglob("*")} == before, "a dry run writes nothing"
 
 
 def test_a_sink_in_use_is_refused_with_its_holders_name(photos: Path, tmp_path: Path, small_model: str) -> None:
@@ -493,6 +567,8 @@ def alive(nodes: list[dict[str, float]]) -> list[dict[str, Any]]:
         ({"actors": -1}, "--actors -1"),
         ({"max_rejects": 1.5}, "--max-rejects 1.5"),
         ({"dtype": "float16", "device": "cpu"}, "bfloat16"),
+        ({"hourly_cost": 3.0}, "give --dry-run"),
+        ({"dry_run": True, "sample": 0}, "--sample 0: must be at least 1"),
         ({"sink": "photos/labels"}, "lies in SOURCE"),
         ({"source": "s3://bucket/a/", "sink": "s3://bucket/a/labels"}, "lies in SOURCE"),
     ],
