@@ -32,7 +32,10 @@ def session() -> Iterator[ModuleType]:
 
     ours = not ray.is_initialized()
     if ours:
-        local: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+        # Left alone, Ray would take any cluster that it finds on this machine, whoever's it is.
+        local: dict[str, Any] = (
+            {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": False}
+        )
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             with _muted_stderr():

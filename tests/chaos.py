@@ -6,6 +6,9 @@ A real S3 server behind a proxy that injects faults, a Ray cluster of two nodes,
 of their own. The seed decides the fault, its moment and its victim; `--first-seed N --num-runs 1` plays
 run N again. Each run has a sink of its own; it is sound when the same command ends with status 0 in at most
 four tries, and `segray verify SINK SOURCE` finds each image exactly once.
+
+The disk that fills up is a small tmpfs, which only root can mount; for others that fault is left out. Where
+AWS_ENDPOINT_URL is set, the S3 server is that one, and it is not killed.
 """
 
 import contextlib
@@ -24,7 +27,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -38,8 +41,13 @@ from PIL import Image
 from segray.demo import scene
 
 ROOT = Path(__file__).parents[1]
-NUM_LOOSE, NUM_SHARDS, NUM_MEMBERS = 600, 4, 150
+NUM_SHARDS = 4
+DISK_BYTES = 64 * 2**20
 FAULT_SECONDS = 6.0
+FAULTS = (
+    *("driver killed", "worker killed", "actor killed", "node lost", "store killed", "Ctrl-C"),
+    *("503", "reset", "truncated", "slow", "disk full"),
+)
 MAX_TRIES = 4
 
 
@@ -51,6 +59,8 @@ class Chaos:
     """How many."""
     first_seed: int = 0
     """The seed of the first; the others follow."""
+    num_images: int = 1200
+    """Of the source; half of them loose, half in shards."""
 
 
 class Proxy(ThreadingHTTPServer):
@@ -65,6 +75,7 @@ class Proxy(ThreadingHTTPServer):
         self.fault: str | None = None
         self.random = random.Random(0)
         self.num_faults = 0
+        self.requests: list[str] = []
 
     def handle_error(self, *_: Any) -> None:
         """A client that hung up is nothing to tell."""
@@ -81,6 +92,7 @@ class Handler(BaseHTTPRequestHandler):
         is_hit = self.server.fault is not None and self.server.random.random() < 0.4
         fault = self.server.fault if is_hit else None
         self.server.num_faults += is_hit
+        self.server.requests.append(f"{self.command} {self.path}")
         if fault == "slow":
             time.sleep(self.server.random.uniform(0.5, 3))
         if fault == "503":
@@ -165,10 +177,11 @@ class Server:
 class World:
     """What a job runs in."""
 
-    server: Server
+    server: Server | None
     proxy: Proxy
     cluster: Any
     second: Any
+    disk: str | None
     table: list[tuple[int, str, str, int, str]] = field(default_factory=list)
 
     def kill_worker(self, rng: random.Random, *, is_actor: bool) -> str:
@@ -196,10 +209,44 @@ class World:
 
     def kill_server(self) -> str:
         """Kills the S3 server and starts it again."""
+        assert self.server is not None
         self.server.kill()
         time.sleep(2)
         self.server.start()
         return "for 2 s"
+
+    def fill_disk(self, job: subprocess.Popen[str]) -> str:
+        """Leaves no room on the sink's disk, until the job has ended."""
+        ballast = Path(f"{self.disk}/ballast")
+        with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(2**12))
+        num_bytes = ballast.stat().st_size
+        job.wait(600)
+        ballast.unlink()
+        return f"{num_bytes} bytes of ballast"
+
+    def faults(self) -> list[str]:
+        """What can happen here."""
+        impossible = {"store killed": self.server is None, "disk full": self.disk is None}
+        return [name for name in FAULTS if not impossible.get(name)]
+
+    def strike(self, name: str, job: subprocess.Popen[str], rng: random.Random) -> str:
+        """Lets it happen to a job; what it hit."""
+        match name:
+            case "driver killed" | "Ctrl-C":
+                os.kill(job.pid, signal.SIGKILL if name == "driver killed" else signal.SIGINT)
+                return f"process {job.pid}"
+            case "worker killed" | "actor killed":
+                return self.kill_worker(rng, is_actor=name == "actor killed")
+            case "node lost":
+                return self.kill_node()
+            case "store killed":
+                return self.kill_server()
+            case "disk full":
+                return self.fill_disk(job)
+            case _:
+                return self.disturb(rng, name)
 
     def disturb(self, rng: random.Random, kind: str) -> str:
         """Has the proxy spoil some requests for a while."""
@@ -209,58 +256,59 @@ class World:
         return f"{self.proxy.num_faults - before} requests"
 
 
-def faults(world: World, job: subprocess.Popen[str], rng: random.Random) -> dict[str, Callable[[], str]]:
-    """What can happen to a job, by name; each returns what it hit."""
-
-    def send(number: int) -> str:
-        os.kill(job.pid, number)
-        return f"process {job.pid}"
-
-    return {
-        "driver killed": functools.partial(send, signal.SIGKILL),
-        "worker killed": functools.partial(world.kill_worker, rng, is_actor=False),
-        "actor killed": functools.partial(world.kill_worker, rng, is_actor=True),
-        "node lost": world.kill_node,
-        "store killed": world.kill_server,
-        "Ctrl-C": functools.partial(send, signal.SIGINT),
-        "503": functools.partial(world.disturb, rng, "503"),
-        "reset": functools.partial(world.disturb, rng, "reset"),
-        "truncated": functools.partial(world.disturb, rng, "truncated"),
-        "slow": functools.partial(world.disturb, rng, "slow"),
-    }
-
-
 @contextlib.contextmanager
-def world() -> Iterator[World]:
-    """Server, proxy, source and cluster; the environment points at them."""
+def s3_server() -> Iterator[Server]:
+    """An S3 server of our own; the environment has its credentials."""
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "segray",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
     with tempfile.TemporaryDirectory() as folder:
         server = Server(folder)
-        proxy = Proxy(server.port)
-        threading.Thread(target=proxy.serve_forever, daemon=True).start()
-        os.environ |= {
-            "AWS_ACCESS_KEY_ID": "segray",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_REGION": "us-east-1",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}",
-        }
-        write_source("s3://segray/photos")
-        from ray.cluster_utils import Cluster
-
-        head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 2**29}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        made = World(server, proxy, cluster, cluster.add_node(num_cpus=2))
-        os.environ["RAY_ADDRESS"] = cluster.address
         try:
-            yield made
+            yield server
         finally:
-            os.environ.pop("RAY_ADDRESS")
-            cluster.shutdown()  # type: ignore[no-untyped-call]
-            proxy.shutdown()
             server.kill()
 
 
-def write_source(source: str) -> None:
+@contextlib.contextmanager
+def small_disk() -> Iterator[str | None]:
+    """A folder on a disk of its own, or None to those who may not mount one."""
+    with tempfile.TemporaryDirectory() as folder:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", folder]
+        if subprocess.run(mount, capture_output=True).returncode:
+            yield None
+            return
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@contextlib.contextmanager
+def world(num_images: int) -> Iterator[World]:
+    """Server, proxy, source, disk and cluster; the environment points at them."""
+    from ray.cluster_utils import Cluster
+
+    with contextlib.ExitStack() as stack:
+        disk = stack.enter_context(small_disk())
+        there = os.environ.get("AWS_ENDPOINT_URL")
+        server = None if there else stack.enter_context(s3_server())
+        proxy = Proxy(server.port if server else int((there or "").rpartition(":")[2]))
+        stack.callback(proxy.shutdown)
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.server_port}"
+        write_source("s3://segray/photos", num_images)
+        head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 2**29}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        stack.callback(cluster.shutdown)
+        os.environ["RAY_ADDRESS"] = cluster.address
+        yield World(server, proxy, cluster, cluster.add_node(num_cpus=2), disk)
+
+
+def write_source(source: str, num_images: int) -> None:
     """Small drawn photographs, loose and in tar shards, no two alike."""
     fs, _ = fsspec.core.url_to_fs(source, use_listings_cache=False)
     drawn = [Image.fromarray(scene(seed)[0]).resize((96, 72)) for seed in range(8)]
@@ -270,12 +318,13 @@ def write_source(source: str) -> None:
         drawn[index % 8].save(buffer, "JPEG", quality=60 + index // 8 % 36, comment=str(index).encode())
         return buffer.getvalue()
 
-    fs.pipe({f"{source}/loose/{index:04d}.jpg": jpeg(index) for index in range(NUM_LOOSE)})
+    num_loose, num_members = num_images // 2, num_images // 2 // NUM_SHARDS
+    fs.pipe({f"{source}/loose/{index:04d}.jpg": jpeg(index) for index in range(num_loose)})
     for shard in range(NUM_SHARDS):
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as tar:
-            for member in range(NUM_MEMBERS):
-                data = jpeg(NUM_LOOSE + shard * NUM_MEMBERS + member)
+            for member in range(num_members):
+                data = jpeg(num_loose + shard * num_members + member)
                 info = tarfile.TarInfo(f"{member:04d}.jpg")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -297,11 +346,12 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 def run(made: World, seed: int) -> bool:
     """One run with a fault; whether the store is sound after it."""
     rng = random.Random(seed)
-    sink = f"s3://segray/labels-{seed}-{time.time_ns()}"
+    names = made.faults()
+    name = names[seed % len(names)]
+    folder = made.disk if name == "disk full" else "s3://segray"
+    sink = f"{folder}/labels-{seed}-{time.time_ns()}"
     command = ["jobs/label.py", "s3://segray/photos", sink, "--model", "segray/demo.safetensors", "--wait", "90"]
     job = start(*command)
-    moments = faults(made, job, rng)
-    name = list(moments)[seed % len(moments)]
     output: list[str] = []
     reader = threading.Thread(target=lambda: output.extend(job.stdout or ()), daemon=True)
     reader.start()
@@ -313,7 +363,7 @@ def run(made: World, seed: int) -> bool:
             break
         time.sleep(0.2)
     time.sleep(moment)
-    hit = moments[name]() if job.poll() is None else "it had ended"
+    hit = made.strike(name, job, rng) if job.poll() is None else "it had ended"
     statuses = [job.wait(600)]
     reader.join(10)
     while statuses[-1] != 0 and len(statuses) < MAX_TRIES:
@@ -338,7 +388,7 @@ def run(made: World, seed: int) -> bool:
 def main() -> None:
     """Runs them all and prints what was survived."""
     settings = tyro.cli(Chaos)
-    with world() as made:
+    with world(settings.num_images) as made:
         sound = [run(made, seed) for seed in range(settings.first_seed, settings.first_seed + settings.num_runs)]
     survived, met = Counter[str](), Counter[str]()
     for _, name, _, _, verdict in made.table:

@@ -1,0 +1,209 @@
+"""Labels a million small drawn images from tar shards on S3, runs again, and verifies the store.
+
+    python -m tests.soak [--num-images 1000000]
+
+A real S3 server, a Ray cluster of one node, and jobs in processes of their own. The first tenth of the
+shards is labelled into a sink of its own before, to see whether time is linear. The model is as small as
+segmentation-models-pytorch has them, so what is timed is all the rest. It is sound when `segray verify
+SINK SOURCE` finds each image exactly once, and when the second run ends in two minutes without a
+request for a shard.
+"""
+
+import contextlib
+import io
+import itertools
+import json
+import logging
+import os
+import re
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import psutil
+import tyro
+from PIL import Image
+
+from segray import model
+from segray.demo import CLASSES, scene
+from tests.chaos import Proxy, s3_server, start
+
+IMAGES_PER_SHARD = 1000
+SIDE = 32
+SECOND_RUN_SECONDS = 120.0
+LOOK_SECONDS = 2.0
+SOURCE = "s3://segray/soak"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Soak:
+    """Runs the job on many images."""
+
+    num_images: int = 1_000_000
+    """How many; thousands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What a run uses."""
+
+    seconds: float
+    """Since it began."""
+    driver_bytes: int
+    """Resident memory of the driver."""
+    store_bytes: int
+    """What is in the object store."""
+
+
+def write_source(num_images: int) -> None:
+    """Shards of images, drawn from a few scenes."""
+    fs, _ = fsspec.core.url_to_fs(SOURCE, use_listings_cache=False)
+    corners = [(row, col) for row in range(0, 160, 8) for col in range(0, 160, 8)]
+    drawn = []
+    for seed in range(10):
+        image = Image.fromarray(scene(seed)[0])
+        for row, col in corners:
+            buffer = io.BytesIO()
+            image.crop((col, row, col + SIDE, row + SIDE)).save(buffer, "JPEG")
+            drawn.append(buffer.getvalue())
+
+    def write(shard: int) -> None:
+        buffer = io.BytesIO()
+        pictures = itertools.islice(itertools.cycle(drawn), shard, shard + IMAGES_PER_SHARD)
+        with tarfile.open(fileobj=buffer, mode="w") as tar:
+            for member, data in enumerate(pictures):
+                info = tarfile.TarInfo(f"{member:06d}.jpg")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        folder = "tenth" if shard < num_shards // 10 else "rest"
+        fs.pipe_file(f"{SOURCE}/{folder}/{shard:06d}.tar", buffer.getvalue())
+
+    num_shards = num_images // IMAGES_PER_SHARD
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(num_shards)))
+
+
+def store_bytes() -> int:
+    """How much is in the object stores of the cluster."""
+    import ray
+
+    there, left = (
+        some["object_store_memory"]
+        for some in (ray.cluster_resources(), ray.available_resources())  # type: ignore[no-untyped-call]
+    )
+    return int(there - left)
+
+
+def label(source: str, sink: str, checkpoint: str) -> list[Sample]:
+    """Labels a source; what that used."""
+    began = time.monotonic()
+    job = start("jobs/label.py", source, sink, "--model", checkpoint, "--batch-size", "256")
+    lines: list[str] = []
+
+    def read() -> None:
+        for line in job.stdout or ():
+            lines.append(line)
+            if (found := re.match(r"(\d+) of", line)) and len(lines) % 6 == 0:
+                print(f"  {time.monotonic() - began:6.0f} s  {int(found[1]):>9,} images", flush=True)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    samples, driver = [], psutil.Process(job.pid)
+    while job.poll() is None:
+        with contextlib.suppress(psutil.Error):
+            samples.append(Sample(time.monotonic() - began, driver.memory_info().rss, store_bytes()))
+        time.sleep(LOOK_SECONDS)
+    reader.join(10)
+    if job.returncode:
+        sys.exit("".join(lines))
+    return samples
+
+
+def record(sink: str) -> dict[str, Any]:
+    """The newest run's."""
+    fs, path = fsspec.core.url_to_fs(sink, use_listings_cache=False)
+    newest: dict[str, Any] = json.loads(fs.cat_file(max(fs.ls(f"{path}/runs", detail=False))))
+    return newest
+
+
+def tell(name: str, run: dict[str, Any], samples: list[Sample]) -> str:
+    """A row of the table."""
+    tenth = len(samples) // 10
+    middle, last = samples[2 * tenth : 4 * tenth], samples[-2 * tenth :]
+    mib = [f"{max(s.driver_bytes for s in some) / 2**20:,.0f}" if some else "" for some in (middle, last)]
+    stored = max(s.store_bytes for s in samples) / 2**20
+    seconds = run["seconds"]
+    rate = f"{run['images_per_second']:,.0f}" if run["images_per_second"] else ""
+    return (
+        f"| {name} | {run['counts']['labelled']:,} | {seconds['total']:,.0f} | {seconds['steady']:,.0f} | {rate} | "
+        f"{' → '.join(mib)} | {stored:,.0f} |"
+    )
+
+
+def main() -> None:
+    """Runs all of it and prints a table."""
+    settings = tyro.cli(Soak)
+    import ray
+    from ray.cluster_utils import Cluster
+
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        checkpoint = f"{folder}/small.safetensors"
+        small = model.untrained(
+            "unet_tu-mobilenetv3_small_050", CLASSES, arguments={"encoder_depth": 3, "decoder_channels": [8, 8, 8]}
+        )
+        Path(checkpoint).write_bytes(small.to_bytes())
+        server = stack.enter_context(s3_server())
+        proxy = Proxy(server.port)
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        stack.callback(proxy.shutdown)
+        os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{server.port}"
+        began = time.monotonic()
+        write_source(settings.num_images)
+        print(f"{settings.num_images:,} images in tar shards, {time.monotonic() - began:.0f} s", flush=True)
+
+        head = {"num_cpus": os.cpu_count(), "include_dashboard": False, "object_store_memory": 2**30}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        stack.callback(cluster.shutdown)
+        os.environ["RAY_ADDRESS"] = cluster.address
+        ray.init(cluster.address, logging_level=logging.ERROR, log_to_driver=False)
+        stack.callback(ray.shutdown)
+
+        sink, rows = "s3://segray/labels", []
+        for name, source, into in (("a tenth", f"{SOURCE}/tenth", f"{sink}-tenth"), ("all", SOURCE, sink)):
+            samples = label(source, into, checkpoint)
+            rows.append(tell(name, record(into), samples))
+            print(rows[-1], flush=True)
+
+        # With workers of its own, whose requests the proxy sees too.
+        os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.server_port}"
+        os.environ.pop("RAY_ADDRESS")
+        began = time.monotonic()
+        samples = label(SOURCE, sink, checkpoint)
+        again_seconds = time.monotonic() - began
+        rows.append(tell("all, again", record(sink), samples))
+        fetched = [request for request in proxy.requests if re.match("GET /segray/soak/.*tar", request)]
+
+        os.environ |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.port}", "RAY_ADDRESS": cluster.address}
+        began = time.monotonic()
+        check = start("jobs/verify.py", sink, SOURCE)
+        verdict, _ = check.communicate()
+        verified_seconds = time.monotonic() - began
+
+    print("\n| run | images | seconds | of these labelling | images/s | driver MiB, early → late | object store MiB |")
+    print("|---|---|---|---|---|---|---|")
+    print(*rows, sep="\n")
+    print(f"\nthe second run: {again_seconds:.0f} s, {len(fetched)} requests for shards")
+    print(f"verified in {verified_seconds:.0f} s: status {check.returncode}\n{verdict}")
+    sys.exit(check.returncode != 0 or len(fetched) > 0 or again_seconds > SECOND_RUN_SECONDS)
+
+
+if __name__ == "__main__":
+    main()
