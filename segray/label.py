@@ -233,6 +233,8 @@ def label(job: Label) -> None:
                 written = {part for receipt in receipts for part in receipt.parts}
                 if job.retry_rejects or sink.parts() - parts - written:
                     sink.done()  # a worker that died, or outlived an earlier driver, wrote rows that came twice
+                if index.is_unversioned:
+                    sink.drop_found()
             record = run.record(recipe["recipe"], index, state, Totals.of(receipts, checkpoint.classes), placement)
             sink.write_json(f"runs/{run.run_id}.json", record)
             _print_summary(job, record)
@@ -532,6 +534,8 @@ class _Index:
     """Images left out, as the sink holds them."""
     num_other: int
     """Objects that are neither images nor shards."""
+    is_unversioned: bool
+    """Whether entries have no version, so that each is looked up before it is read."""
 
     @property
     def num_images(self) -> int:
@@ -544,6 +548,7 @@ def _index(source: Any, sink: Any, done: np.ndarray) -> _Index:
 
     blocks: list[Any] = []
     num_loose = num_shards = num_present = 0
+    is_unversioned = False
     for page in _pages(source, sink, done):
         # Few at first, that all may begin; then more, that millions of images are some thousand blocks.
         size = max(_IMAGES_PER_BLOCK, min(_MAX_IMAGES_PER_BLOCK, num_loose // _NUM_SMALL_BLOCKS))
@@ -552,7 +557,8 @@ def _index(source: Any, sink: Any, done: np.ndarray) -> _Index:
         num_loose += page.loose.num_rows
         num_shards += page.shards.num_rows
         num_present += page.num_present
-    return _Index(blocks, num_loose, num_shards, num_present, source.num_other)
+        is_unversioned |= page.loose["version"].null_count + page.shards["version"].null_count > 0
+    return _Index(blocks, num_loose, num_shards, num_present, source.num_other, is_unversioned)
 
 
 class _Run:
@@ -725,7 +731,7 @@ def _time_sample(
             some = table.take(pa.array(rows[: table.num_rows]))
             blocks += [ray.put(some.slice(row, size)) for row in range(0, some.num_rows, size)]
         ledger = _start_ledger(ray, job.sample, None)
-        index = _Index(blocks, loose.num_rows, shards.num_rows, 0, 0)
+        index = _Index(blocks, loose.num_rows, shards.num_rows, 0, 0, False)
         chain = _chain(job, checkpoint, place(job, ray.nodes()), index, done, ledger, _forget)
         for _ in chain.iter_batches(batch_size=None):
             pass

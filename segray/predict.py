@@ -79,9 +79,8 @@ class Predictor:
             device: torch's name of a device.
             dtype: what the forward pass computes in; logits are float32 from there on.
             num_threads: threads of the forward pass on a CPU. None: torch's default.
-            beat: is called after each forward pass, as a sign of life.
+            beat: is called when all is built and after each forward pass, as a sign of life.
         """
-        self._beat = beat
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         checkpoint = Checkpoint.from_bytes(read_checkpoint())
@@ -99,6 +98,8 @@ class Predictor:
         self._module = module.to(memory_format=torch.channels_last).to(self._device)
         self._mean = torch.tensor(self._preprocessing.mean, device=self._device).view(-1, 1, 1)
         self._std = torch.tensor(self._preprocessing.std, device=self._device).view(-1, 1, 1)
+        self._beat = beat
+        beat()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Labels the decoded images of a batch; its other rows (rejects) pass through.

@@ -67,7 +67,7 @@ class Snapshot:
     is_bounded: bool
     """Whether images were left for another time."""
     num_signs: int
-    """Signs of life since a model was first at work (nodes may take long to come); it grows as long as they do."""
+    """Signs of life since the first model was built (nodes may take long to come); it grows as long as they do."""
 
 
 class Ledger:
@@ -128,7 +128,7 @@ class Ledger:
         return self._deadline is not None and time.time() >= self._deadline
 
     def beat(self) -> None:
-        """A model is at work."""
+        """A model is built, or at work."""
         self._num_beats += 1
 
     def alive(self) -> None:

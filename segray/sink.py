@@ -38,7 +38,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from jaxtyping import Float64, Int64
 from ray.data import Datasink
@@ -47,7 +46,7 @@ from ray.data.block import Block
 from segray.classes import Classes
 from segray.errors import SinkError
 from segray.retry import retrying
-from segray.source import known
+from segray.source import filesystem, known
 
 __all__ = ["LABELLED", "LABEL_MAPS", "REJECTS", "SHARDS", "STATISTICS", "PartSink", "Receipt", "Sink", "part_name"]
 
@@ -155,10 +154,8 @@ class Sink:
         Raises:
             SinkError: there is no such kind of store.
         """
-        if "://" not in sink:
-            sink = os.path.abspath(sink)
         try:
-            self.filesystem, root = url_to_fs(sink, use_listings_cache=False)
+            self.filesystem, root = filesystem(sink)
         except Exception as error:  # an unknown protocol, or its package is not installed
             raise SinkError(f"{sink} cannot be used: {type(error).__name__}: {error}") from error
         self.root = root.rstrip("/")
@@ -217,6 +214,29 @@ class Sink:
             return ids[is_first]
         is_labelled = np.array([kind == "label_maps" for kind, _ in parts], bool)
         return ids[is_first & is_labelled[positions]] if parts else ids
+
+    def drop_found(self) -> None:
+        """Removes rejects without a version, as their images could not be looked up, that are labelled by now.
+
+        Raises:
+            SinkError: a part cannot be read, or not be replaced.
+        """
+        rejects = {part: self._read("rejects", part, ["uri", "version"]) for part in self._parts("rejects")}
+        lost = {part: table.filter(pc.equal(table["version"], "")) for part, table in rejects.items()}
+        wanted = {uri for table in lost.values() for uri in table["uri"].to_pylist()}
+        if not wanted:
+            return
+
+        def among(part: str) -> set[str]:
+            uris = self._read("label_maps", part, ["uri"])["uri"]
+            return set(uris.filter(pc.is_in(uris, pa.array(wanted))).to_pylist())
+
+        with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
+            found = pa.array(set[str]().union(*pool.map(among, self._parts("label_maps"))), pa.string())
+        for part, table in rejects.items():
+            superfluous = pc.and_(pc.equal(table["version"], ""), pc.is_in(table["uri"], found))
+            if pc.any(superfluous).as_py():
+                self._drop("rejects", part, np.flatnonzero(superfluous))
 
     def num_changed(self, entries: pa.Table) -> int:
         """How many objects of an index were labelled as they are no more: in another version, and not in this one.

@@ -37,6 +37,7 @@ __all__ = [
     "FETCHED",
     "Source",
     "fetch",
+    "filesystem",
     "image_id",
     "is_shard",
     "known",
@@ -88,6 +89,21 @@ def image_id(uri: str, version: str) -> str:
     return hashlib.blake2b(f"{uri}\0{version}".encode(), digest_size=16).hexdigest()
 
 
+def filesystem(uri: str) -> tuple[Any, str]:
+    """The fsspec file system of a URI or local path, without a cache of listings, and the path in it.
+
+    Raises:
+        Exception: whatever fsspec raises where it knows no such protocol, or its package is not installed.
+    """
+    if "://" not in uri:
+        uri = os.path.abspath(uri)
+    # What hangs is tried again, here, after less than botocore's minute.
+    settings = {"config_kwargs": _S3_SETTINGS} if uri.startswith(("s3://", "s3a://")) else {}
+    # A listing kept for the next call would hold every key of a bucket in memory.
+    fs, path = url_to_fs(uri, use_listings_cache=False, **settings)
+    return fs, path
+
+
 def shard_id(uri: str, version: str, column: str | None) -> str:
     """The digest of all that decides which images a shard holds: 32 hexadecimal digits."""
     return image_id(uri, f"{version}\0{column or ''}")
@@ -129,7 +145,7 @@ class Source:
         self.column = column
         self.num_other = 0
         try:
-            self._fs, self._path = _filesystem(uri)
+            self._fs, self._path = filesystem(uri)
             self._is_file = not uri.endswith("/") and self._fs.isfile(self._path)
             self._is_glob = not self._is_file and ("*" in self._path or "?" in self._path)
             there = self._is_glob or self._is_file or self._fs.isdir(self._path)
@@ -289,7 +305,7 @@ def read_images(uris: Iterable[str]) -> dict[str, bytes | Reject]:
         if match := _MEMBER.fullmatch(uri):
             by_shard.setdefault(match["shard"], set()).add(uri)
         else:
-            fs, path = _filesystem(uri)
+            fs, path = filesystem(uri)
             try:
                 images[uri] = fs.cat_file(path)
             except Exception as error:  # whatever the store's client raises
@@ -353,16 +369,6 @@ def tar_samples(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
             raise
         if key is not None:
             yield key, members
-
-
-def _filesystem(uri: str) -> tuple[Any, str]:
-    if "://" not in uri:
-        uri = os.path.abspath(uri)
-    # What hangs is tried again, here, after less than botocore's minute.
-    settings = {"config_kwargs": _S3_SETTINGS} if uri.startswith(("s3://", "s3a://")) else {}
-    # A listing kept for the next call would hold every key of a bucket in memory.
-    fs, path = url_to_fs(uri, use_listings_cache=False, **settings)
-    return fs, path
 
 
 def _text(error: Exception) -> str:
@@ -526,7 +532,7 @@ def _look_up(row: dict[str, Any]) -> str | Reject:
     if row["version"] is not None:
         return str(row["version"])
     try:
-        fs, path = _filesystem(row["uri"])
+        fs, path = filesystem(row["uri"])
         return _version(retrying(lambda: fs.info(path)))
     except Exception as error:  # whatever the store's client raises
         if codes(error) & {"400", "403"}:  # S3's answer to HEAD has no body to say which refusal it is
@@ -575,7 +581,7 @@ def _cat_once(uris: Iterable[str]) -> Iterator[tuple[str, bytes | Exception]]:
     for uri in uris:
         by_protocol.setdefault(uri.partition("://")[0], []).append(uri)
     for same in by_protocol.values():
-        fs, _ = _filesystem(same[0])
+        fs, _ = filesystem(same[0])
         paths = [fs._strip_protocol(uri) for uri in same]
         # Unlike cat, cat_ranges takes a name as it is: `photo[1].jpg` is no pattern.
         read = functools.partial(fs.cat_ranges, starts=None, ends=None, on_error="return")
@@ -647,7 +653,7 @@ def _fetch_shard(
 
 def _members(shard: str, column: str | None) -> Iterator[tuple[str, bytes | None]]:
     """The URI and bytes of each image in a shard, in its order."""
-    fs, path = _filesystem(shard)
+    fs, path = filesystem(shard)
     with fs.open(path, "rb", block_size=_READ_BYTES, cache_type="readahead") as file:
         found = _parquet_images(file, shard, column) if path.lower().endswith(".parquet") else _tar_images(file)
         times: Counter[str] = Counter()

@@ -257,20 +257,35 @@ class World:
 
 
 @contextlib.contextmanager
-def s3_server() -> Iterator[Server]:
-    """An S3 server of our own; the environment has its credentials."""
-    os.environ |= {
-        "AWS_ACCESS_KEY_ID": "segray",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
+def s3_server() -> Iterator[Server | None]:
+    """An S3 server of our own, to which the environment points; None where it points to one already."""
+    if "AWS_ENDPOINT_URL" in os.environ:
+        yield None
+        return
     with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {
+            "AWS_ACCESS_KEY_ID": "segray",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
         server = Server(folder)
+        os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{server.port}"
         try:
             yield server
         finally:
             server.kill()
+
+
+@contextlib.contextmanager
+def proxied(endpoint: str) -> Iterator[Proxy]:
+    """A proxy before a server of this machine."""
+    proxy = Proxy(int(endpoint.rpartition(":")[2]))
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    try:
+        yield proxy
+    finally:
+        proxy.shutdown()
 
 
 @contextlib.contextmanager
@@ -294,13 +309,11 @@ def world(num_images: int) -> Iterator[World]:
 
     with contextlib.ExitStack() as stack:
         disk = stack.enter_context(small_disk())
-        there = os.environ.get("AWS_ENDPOINT_URL")
-        server = None if there else stack.enter_context(s3_server())
-        proxy = Proxy(server.port if server else int((there or "").rpartition(":")[2]))
-        stack.callback(proxy.shutdown)
-        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        server = stack.enter_context(s3_server())
+        proxy = stack.enter_context(proxied(os.environ["AWS_ENDPOINT_URL"]))
         os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.server_port}"
         write_source("s3://segray/photos", num_images)
+        os.environ["RAY_idle_worker_killing_time_threshold_ms"] = "60000"  # as a run does for a cluster of its own
         head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 2**29}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         stack.callback(cluster.shutdown)

@@ -93,8 +93,8 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
             pytest.fail(f"the S3 server did not start: {(folder / 'log').read_text()}")
         yield S3(os.environ["AWS_ENDPOINT_URL"], "segray")
     finally:
-        server.terminate()
-        server.wait(10)
+        server.kill()
+        server.wait()
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ A real S3 server, a Ray cluster of one node, and jobs in processes of their own.
 shards is labelled into a sink of its own before, to see whether time is linear. The model is as small as
 segmentation-models-pytorch has them, so what is timed is all the rest. It is sound when `segray verify
 SINK SOURCE` finds each image exactly once, and when the second run ends in two minutes without a
-request for a shard.
+request for a shard. Where AWS_ENDPOINT_URL is set, the S3 server is that one.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from PIL import Image
 
 from segray import model
 from segray.demo import CLASSES, scene
-from tests.chaos import Proxy, s3_server, start
+from tests.chaos import proxied, s3_server, start
 
 IMAGES_PER_SHARD = 1000
 SIDE = 32
@@ -160,15 +160,14 @@ def main() -> None:
             "unet_tu-mobilenetv3_small_050", CLASSES, arguments={"encoder_depth": 3, "decoder_channels": [8, 8, 8]}
         )
         Path(checkpoint).write_bytes(small.to_bytes())
-        server = stack.enter_context(s3_server())
-        proxy = Proxy(server.port)
-        threading.Thread(target=proxy.serve_forever, daemon=True).start()
-        stack.callback(proxy.shutdown)
-        os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{server.port}"
+        stack.enter_context(s3_server())
+        endpoint = os.environ["AWS_ENDPOINT_URL"]
+        proxy = stack.enter_context(proxied(endpoint))
         began = time.monotonic()
         write_source(settings.num_images)
         print(f"{settings.num_images:,} images in tar shards, {time.monotonic() - began:.0f} s", flush=True)
 
+        os.environ["RAY_idle_worker_killing_time_threshold_ms"] = "60000"  # as a run does for a cluster of its own
         head = {"num_cpus": os.cpu_count(), "include_dashboard": False, "object_store_memory": 2**30}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         stack.callback(cluster.shutdown)
@@ -191,7 +190,7 @@ def main() -> None:
         rows.append(tell("all, again", record(sink), samples))
         fetched = [request for request in proxy.requests if re.match("GET /segray/soak/.*tar", request)]
 
-        os.environ |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.port}", "RAY_ADDRESS": cluster.address}
+        os.environ |= {"AWS_ENDPOINT_URL": endpoint, "RAY_ADDRESS": cluster.address}
         began = time.monotonic()
         check = start("jobs/verify.py", sink, SOURCE)
         verdict, _ = check.communicate()

@@ -246,6 +246,20 @@ def test_missing_and_forbidden_images_of_a_manifest_are_rejects(
     assert newest_run(sink)["counts"]["labelled"] == 2
 
 
+def test_what_a_manifest_named_in_vain_loses_its_reject_when_it_is_there(
+    photos: Path, tmp_path: Path, small_model: str, ray_cluster: None
+) -> None:
+    manifest, sink = photos / "manifest.txt", str(tmp_path / "labels")
+    manifest.write_text("0.jpg\nlate.jpg\nnever.jpg\n")
+    job = Label(source=str(manifest), sink=sink, model=small_model, max_rejects=1)
+    label(job)
+    (photos / "late.jpg").write_bytes(jpeg(100))
+    label(job)
+    assert newest_run(sink)["counts"] == {"seen": 3, "labelled": 1, "rejected": 0, "present": 2, "other_files": 0}
+    assert {name_of(row["uri"]) for row in read_store(sink, "label_maps").to_pylist()} == {"0.jpg", "late.jpg"}
+    assert [name_of(row["uri"]) for row in read_store(sink, "rejects").to_pylist()] == ["never.jpg"]
+
+
 def test_a_second_run_labels_only_what_is_new_or_changed(
     photos: Path, tmp_path: Path, small_model: str, ray_cluster: None
 ) -> None:
