@@ -19,6 +19,7 @@ The modules, in the order in which data meets them:
     train       training on shards of pairs
     evaluate    a label store against targets
     report      a label store as a page
+    compact     a label store, its small parts merged
     verify      a label store, read back and proved
     demo        drawn scenes with exact targets
     lock        one writer at a time

@@ -15,6 +15,7 @@ JOBS = {
     "label": "label images into a label store",
     "report": "draw one page of what a run did",
     "evaluate": "compare a label store with targets",
+    "compact": "merge the small parts of a label store",
     "verify": "read a label store back and prove that it is whole",
     "train": "train a model on shards of image/target pairs",
 }

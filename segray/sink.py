@@ -28,7 +28,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +114,7 @@ _READ_BYTES = 2**18
 _TEMPORARY = re.compile(r"\.((part-)?[0-9a-f]{32}\.parquet|[\w-]+\.json)\.\w+\.tmp")
 _PART_ROWS = 256, 2048  # at least and at most, where their bytes do not decide
 _NUM_PARTS = 400
+_MERGED_ROWS = 16_384
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,23 +163,27 @@ class Sink:
         self._recipe = recipe
 
     def start(self, recipe: dict[str, Any]) -> None:
-        """Describes the recipe, and removes what an earlier run left half done: temporary files, orphans.
+        """Describes the recipe, and tidies up.
 
         Raises:
             SinkError: the sink cannot be written.
         """
         try:
             self.write_json(f"recipes/{self._recipe}.json", recipe)
-            for orphan in self._parts("statistics").keys() - self._parts("label_maps").keys():
-                self._remove("statistics", orphan)
-            if isinstance(self.filesystem, LocalFileSystem):
-                folders = [f"{self.root}/{name}" for name in ("lock", "recipes", "runs", "shards")]
-                for folder in (*map(self._folder, ("label_maps", "statistics", "rejects")), *folders):
-                    for path in self._list(folder):
-                        if _TEMPORARY.fullmatch(path.rpartition("/")[2]):
-                            os.unlink(path)
+            self.tidy()
         except Exception as error:  # whatever the store's client raises
             raise SinkError(f"{self.root} cannot be written: {type(error).__name__}: {error}") from error
+
+    def tidy(self) -> None:
+        """Removes what was left half done: temporary files, statistics without label maps."""
+        for orphan in self._parts("statistics").keys() - self._parts("label_maps").keys():
+            self._remove("statistics", orphan)
+        if isinstance(self.filesystem, LocalFileSystem):
+            folders = [f"{self.root}/{name}" for name in ("lock", "recipes", "runs", "shards")]
+            for folder in (*map(self._folder, ("label_maps", "statistics", "rejects")), *folders):
+                for path in self._list(folder):
+                    if _TEMPORARY.fullmatch(path.rpartition("/")[2]):
+                        os.unlink(path)
 
     def parts(self) -> set[str]:
         """All parts that hold images, as `label_maps/NAME` and `rejects/NAME`."""
@@ -268,7 +273,9 @@ class Sink:
         """
         parts = [("label_maps", part) for part in sorted(self._parts("label_maps"))]
         rejects = self._parts("rejects")
-        parts += [("rejects", part) for part in sorted(rejects, key=lambda part: (rejects[part], part), reverse=True)]
+        parts += [
+            ("rejects", part) for part in sorted(rejects, key=lambda name: (_time(rejects[name]), name), reverse=True)
+        ]
         with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
             found = list(pool.map(self._ids_of, parts))
         ids = np.concatenate([np.array([], "S32"), *found])
@@ -311,6 +318,47 @@ class Sink:
         if kind == "label_maps":
             self._remove("statistics", part)
         return name
+
+    def mergeable(self, kind: str) -> list[list[str]]:
+        """The small parts of `label_maps` or `rejects`, in groups that would make one of a useful size each.
+
+        Raises:
+            SinkError: a part cannot be read.
+        """
+        few = {part: info["size"] for part, info in self._parts(kind).items() if info["size"] < _PART_BYTES // 2}
+        with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
+            lengths = pool.map(lambda part: self._read(kind, part, ["image_id"]).num_rows, few)
+        groups: list[list[str]] = [[]]
+        num_rows = size_bytes = 0
+        for (part, size), length in zip(few.items(), lengths, strict=True):
+            if length >= _MERGED_ROWS // 2:
+                continue
+            if num_rows + length > _MERGED_ROWS or size_bytes + size > _PART_BYTES:
+                groups.append([])
+                num_rows = size_bytes = 0
+            groups[-1].append(part)
+            num_rows, size_bytes = num_rows + length, size_bytes + size
+        return [group for group in groups if len(group) > 1]
+
+    def merge(self, kind: str, parts: Sequence[str]) -> None:
+        """Writes the rows of some parts of `label_maps` or `rejects` as one, and then removes those parts.
+
+        From the one to the other whoever reads sees these rows twice. What is cut short in between
+        `done` puts in order.
+
+        Raises:
+            SinkError: a part cannot be read.
+        """
+        rows = pa.concat_tables(self._read(kind, part) for part in parts)
+        name = part_name(rows)
+        if kind == "label_maps":
+            statistics = pa.concat_tables(self._read("statistics", part) for part in parts)
+            self._put_table("statistics", name, statistics, STATISTICS)
+        self._put_table(kind, name, rows, LABEL_MAPS if kind == "label_maps" else REJECTS)
+        for part in parts:
+            self._remove(kind, part)
+            if kind == "label_maps":
+                self._remove("statistics", part)
 
     def write(self, rows: pa.Table, classes: Classes, run_id: str) -> Iterator[Receipt]:
         """Commits labelled and rejected images, in parts of at most about 64 MiB.
@@ -385,14 +433,10 @@ class Sink:
     def _folder(self, kind: str) -> str:
         return f"{self.root}/{kind}/recipe={self._recipe}"
 
-    def _parts(self, kind: str) -> dict[str, str]:
-        """The names of a table's parts, and when each was written (in the store's own form, which sorts)."""
+    def _parts(self, kind: str) -> dict[str, dict[str, Any]]:
+        """The names of a table's parts, and what the store says of each."""
         found = {path.rpartition("/")[2]: info for path, info in self._list(self._folder(kind)).items()}
-        return {
-            name: str(info.get("LastModified") or info.get("mtime") or "")
-            for name, info in found.items()
-            if name.startswith("part-") and name.endswith(".parquet")
-        }
+        return {n: info for n, info in found.items() if n.startswith("part-") and n.endswith(".parquet")}
 
     def _list(self, folder: str) -> dict[str, dict[str, Any]]:
         try:
@@ -479,6 +523,11 @@ def _parquet(table: pa.Table) -> bytes:
 def _ids(table: pa.Table) -> np.ndarray:
     chunks = table["image_id"].chunks
     return np.concatenate([np.array([], "S32"), *(chunk.to_numpy(False).astype("S32") for chunk in chunks)])
+
+
+def _time(info: dict[str, Any]) -> str:
+    """When an object was written, in the store's own form, which sorts."""
+    return str(info.get("LastModified") or info.get("mtime") or "")
 
 
 def _of_run(rows: pa.Table, run_id: str) -> pa.Table:

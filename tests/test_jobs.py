@@ -30,6 +30,7 @@ OPTIONS = {
     ],
     "report": ["sink", "html", "recipe", "run", "num_images", "seed", "image_id", "export"],
     "evaluate": ["sink", "targets", "recipe", "ignore_index", "json"],
+    "compact": ["sink", "recipe", "wait"],
     "verify": ["sink", "source", "column", "recipe", "repair"],
     "train": [
         *("source", "sink", "val", "classes", "model", "arguments", "num_epochs", "batch_size", "crop"),
@@ -89,7 +90,9 @@ def test_each_job_is_a_file_that_shows_how_it_is_submitted(job: str) -> None:
 
 def test_the_readme_names_no_job_and_no_option_that_is_not_there() -> None:
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"(?:python jobs/(\w+)\.py|segray (label|report|evaluate|verify|train))\b([^\n`]*)", text)
+    commands = re.findall(
+        r"(?:python jobs/(\w+)\.py|segray (label|report|evaluate|compact|verify|train))\b([^\n`]*)", text
+    )
     assert {script or job for script, job, _ in commands} == set(JOBS)
     for script, job, arguments in commands:
         for option in re.findall(r"--([a-z][a-z-.]*)", arguments):
