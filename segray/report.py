@@ -8,10 +8,11 @@ import io
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta
 from importlib.resources import files
 from itertools import islice
 from pathlib import PurePosixPath
@@ -40,6 +41,7 @@ _SINGLE_SIDE = 1600
 _NUM_THREADS = 4
 _NUM_EXAMPLES = 5
 _NUM_RUNS = 20
+_NUM_NIGHTS = 60
 _NUM_AT_ONCE = 64
 
 
@@ -123,8 +125,10 @@ def report(job: Report) -> str:
             )
         least, sample = statistics.gallery(job.num_images)
         images = {image["image_id"]: image for image in _images(store, recipe_id, [*least, *sample], classes)}
+        runs = [run for run in store.runs() if run["recipe"] == recipe_id]
         page |= {
-            "runs": [r for r in store.runs() if r["recipe"] == recipe_id][:_NUM_RUNS],
+            "runs": runs[:_NUM_RUNS],
+            "nights": _nights(runs),
             "num_images": statistics.num_images,
             "classes": statistics.classes(classes),
             "rejects": rejects,
@@ -158,6 +162,26 @@ def _choose(store: LabelStore, recipe_id: str | None, run_id: str | None) -> tup
     of_recipe = f" of recipe {recipe_id}" if recipe_id else ""
     newest = ", ".join([run["run_id"] for run in store.runs()][:_NUM_EXAMPLES])
     raise SinkError(f"{store.uri}: there is no run {run_id}{of_recipe}; the newest are {newest or 'none'}")
+
+
+def _nights(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the runs of each day (UTC) did, up to the newest, with the days in between on which there was none."""
+    by_day: dict[date, list[dict[str, Any]]] = defaultdict(list)
+    for run in runs:
+        by_day[datetime.fromisoformat(run["started"]).date()].append(run)
+    if not by_day:
+        return []
+    newest, oldest = max(by_day), min(by_day)
+    days = [newest - timedelta(days) for days in range(min(_NUM_NIGHTS, (newest - oldest).days + 1))]
+    nights = []
+    for day in reversed(days):
+        timed = [run for run in by_day[day] if run["images_per_second"]]
+        steady_seconds = sum(run["seconds"]["steady"] for run in timed)
+        num_timed = sum(run["images_per_second"] * run["seconds"]["steady"] for run in timed)
+        counts = {name: sum(run["counts"][name] for run in by_day[day]) for name in ("labelled", "rejected")}
+        rate = num_timed / steady_seconds if steady_seconds else None
+        nights.append({"day": day.isoformat(), "num_runs": len(by_day[day]), **counts, "images_per_second": rate})
+    return nights
 
 
 @dataclass(slots=True)

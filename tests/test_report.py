@@ -222,6 +222,26 @@ def test_the_run_is_the_newest_of_the_recipe_or_the_given_one(tmp_path: Path) ->
         report(Report(sink=str(tmp_path), run="2025"))
 
 
+def test_nights_add_up_their_runs_and_show_those_without_any(tmp_path: Path) -> None:
+    image = Image(uri="file:///a.jpg", label_map=np.zeros((4, 4), np.uint8))
+    for run_id, started, labelled, rejected, rate in [
+        ("aa", "2026-11-19T22:00:00+00:00", 100, 2, 10.0),
+        ("bb", "2026-11-19T23:59:00+00:00", 50, 0, 40.0),
+        ("cc", "2026-11-22T01:00:00+00:00", 0, 0, None),
+    ]:
+        counts = {"seen": labelled + rejected, "labelled": labelled, "rejected": rejected, "present": 0}
+        seconds = {"total": 20, "start": 5, "steady": 10}
+        run: dict[str, Any] = {"started": started, "counts": counts, "seconds": seconds, "images_per_second": rate}
+        write_store(tmp_path, [image], CLASSES, run_id=run_id, **run)
+    none = {"num_runs": 0, "labelled": 0, "rejected": 0, "images_per_second": None}
+    assert page_data(report(Report(sink=str(tmp_path))))["nights"] == [
+        {"day": "2026-11-19", "num_runs": 2, "labelled": 150, "rejected": 2, "images_per_second": 25.0},
+        {"day": "2026-11-20"} | none,
+        {"day": "2026-11-21"} | none,
+        {"day": "2026-11-22"} | none | {"num_runs": 1},
+    ]
+
+
 def test_a_store_without_runs_still_has_a_page(tmp_path: Path) -> None:
     image = Image(uri="file:///a.jpg", label_map=np.zeros((4, 4), np.uint8))
     write_store(tmp_path, [image], CLASSES, run_id=None)
