@@ -5,7 +5,7 @@ DEMO := build/demo
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test test-slow chaos lint benchmark clean
+.PHONY: install demo test test-slow chaos soak lint benchmark clean
 
 install: $(BIN)/.installed
 
@@ -33,6 +33,10 @@ test-slow: install
 # Fifty runs, each with a fault, each run again and verified.
 chaos: install
 	python -m tests.chaos
+
+# A million small images through the whole job; memory and images per second.
+soak: install
+	python -m tests.soak
 
 lint: install
 	ruff check
