@@ -22,9 +22,8 @@ demo: install
 	python jobs/evaluate.py $(DEMO)/labels $(DEMO)/scenes/targets
 	python jobs/report.py $(DEMO)/labels
 
-# One process for what needs the cluster or the S3 server, and one for the rest.
 test: lint
-	pytest --numprocesses 2 --dist loadgroup
+	pytest --numprocesses 2 --dist worksteal
 
 # The long forms: CamVid at full size, soak runs.
 test-slow: install

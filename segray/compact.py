@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import track
 from tyro.conf import Positional
 
-from segray.errors import RunError, SettingsError
+from segray.errors import RunError, SettingsError, SinkError
 from segray.lock import hold
-from segray.progress import print_table
+from segray.progress import note, print_table
 from segray.store import LabelStore
 
 __all__ = ["Compact", "compact"]
@@ -26,7 +26,7 @@ _NUM_THREADS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Compact:
-    """Merges the small parts of a label store. No image is seen not at all, some are seen twice for a moment."""
+    """Merges the small parts of a label store. While it runs a reader sees some images twice, and none not at all."""
 
     sink: Positional[str]
     """The label store: a folder or prefix that `label` wrote."""
@@ -51,7 +51,7 @@ def compact(job: Compact) -> None:
     Raises:
         SinkError: there is no such store or recipe, or a part cannot be read.
         Locked: a run holds the sink's lock.
-        RunError: the lock was lost, or the store failed; no row is lost, and the next run puts it in order.
+        RunError: the lock was lost, or the store failed; no row is lost, and to compact again puts it in order.
     """
     from segray.sink import Sink
 
@@ -61,10 +61,9 @@ def compact(job: Compact) -> None:
     rows: list[list[str]] = []
     lost = threading.Event()
     name = f"compaction-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
-    with hold(store.filesystem, store.path, name, wait_seconds=job.wait, say=_note, lost=lost.set):
+    with hold(store.filesystem, store.path, name, wait_seconds=job.wait, say=note, lost=lost.set):
         for recipe_id in store.recipe_ids() if job.recipe is None else [job.recipe]:
             sink = Sink(job.sink, recipe_id)
-            sink.tidy()
             sink.done()  # of two rejects of an image the newer stays, which merging them would not tell
             for kind in ("label_maps", "rejects"):
                 num_before = len(store.parts(kind, recipe_id))
@@ -85,11 +84,7 @@ def _merge(sink: Any, kind: str, lost: threading.Event) -> None:
     try:
         for _ in track(pool.map(merge, groups), f"Merging {kind}", **how, disable=not sys.stderr.isatty()):
             pass
-    except OSError as error:
-        raise RunError(f"{sink.root} cannot be written: {error}; no row is lost, compact again") from error
+    except SinkError as error:
+        raise RunError(f"broke off: {error}; no row is lost, and to compact again goes on from there") from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr, flush=True)

@@ -29,7 +29,7 @@ from segray.classes import Classes
 from segray.decode import decode
 from segray.errors import Reject, RunError, SettingsError, SinkError, SourceError
 from segray.labelmap import dtype_for, encode_png
-from segray.progress import Fetched, Ledger, Snapshot, Totals, print_table, watch
+from segray.progress import Fetched, Ledger, Snapshot, Totals, note, print_table, watch
 from segray.tile import Tiling
 
 __all__ = ["Label", "Placement", "label", "place"]
@@ -188,7 +188,7 @@ def label(job: Label) -> None:
         )
     checkpoint = model.load(job.model, job.weights, job.classes)
     for notice in model.notices(checkpoint):
-        _note(notice)
+        note(notice)
     recipe = _recipe(job, checkpoint)
     sink = Sink(job.sink, recipe["recipe"])
     if job.dry_run:
@@ -200,7 +200,7 @@ def label(job: Label) -> None:
         sink.root,
         run.run_id,
         wait_seconds=job.wait,
-        say=_note,
+        say=note,
         lost=functools.partial(run.end, "the sink's lock was lost to another run, or could not be renewed"),
     )
     with lock, session() as ray:
@@ -213,7 +213,7 @@ def label(job: Label) -> None:
         failure: str | None = None
         try:
             if index.blocks and not run.ended:
-                labelled = _chain(job, checkpoint, placement, index, done, ledger, sink.write_shard)
+                labelled = _chain(job, checkpoint, placement, index.blocks, done, ledger, sink.write_shard)
                 with run.in_pipeline(), _watched(run, index, ledger):
                     labelled.write_datasink(
                         PartSink(sink, checkpoint.classes, run.run_id, ledger, index.num_images),
@@ -233,8 +233,8 @@ def label(job: Label) -> None:
                 written = {part for receipt in receipts for part in receipt.parts}
                 if job.retry_rejects or sink.parts() - parts - written:
                     sink.done()  # a worker that died, or outlived an earlier driver, wrote rows that came twice
-                if index.is_unversioned:
-                    sink.drop_found()
+                if job.retry_rejects or index.is_unversioned:
+                    sink.drop_superseded()
             record = run.record(recipe["recipe"], index, state, Totals.of(receipts, checkpoint.classes), placement)
             sink.write_json(f"runs/{run.run_id}.json", record)
             _print_summary(job, record)
@@ -268,7 +268,7 @@ def _chain(
     job: Label,
     checkpoint: Any,
     placement: Placement,
-    index: "_Index",
+    blocks: list[Any],
     done: np.ndarray,
     ledger: Any,
     whole: Callable[[str, list[str]], object],
@@ -281,7 +281,7 @@ def _chain(
     done_ref, checkpoint_ref = ray.put(done), ray.put(checkpoint.to_bytes())
     task: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": placement.task_cpus}
     fetch_arguments = {"done": done_ref, "column": job.column, "ledger": ledger, "whole": whole}
-    entries: Any = ray.data.from_arrow_refs(index.blocks)
+    entries: Any = ray.data.from_arrow_refs(blocks)
     return (
         entries.map_batches(_fetch, **task, fn_kwargs=fetch_arguments)
         .map_batches(_decode, **task, fn_kwargs={"max_pixels": job.max_pixels})
@@ -318,7 +318,10 @@ def _watched(run: "_Run", index: "_Index", ledger: Any) -> Iterator[None]:
         state: Snapshot = ray.get(ledger.snapshot.remote(), timeout=_LEDGER_SECONDS)
         return state
 
-    def stalled() -> None:
+    def stalled(had_begun: bool) -> None:
+        if not had_begun:
+            run.end(f"no model was built for {progress.START_SECONDS:.0f} s; `ray status` shows what the cluster lacks")
+            return
         unread: list[str] = []
         with contextlib.suppress(Exception):  # the ledger is part of what hangs
             unread = ray.get(ledger.unread.remote(), timeout=_LEDGER_SECONDS)
@@ -332,10 +335,6 @@ def _watched(run: "_Run", index: "_Index", ledger: Any) -> Iterator[None]:
 
 def _beat(ledger: Any) -> None:
     ledger.beat.remote()
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def _deadline(text: str, now: datetime) -> datetime:
@@ -690,10 +689,10 @@ def _print_prospect(job: Label, source: Any, checkpoint: Any, sink: Any, recipe:
             ["shards of which all is there", f"{num_shards_done:,}"],
         ],
     )
-    num_images = min(num_loose + round(num_shards * per_shard), job.max_images or sys.maxsize)
-    if not num_images:
+    if not num_loose and not num_shards:
         print("nothing to do")
         return
+    num_images = min(num_loose + round(num_shards * per_shard), job.max_images or sys.maxsize)
     if job.sample is not None:
         start_seconds, rate = _time_sample(job, checkpoint, loose, shards, done)
         basis = "a sample"
@@ -731,8 +730,7 @@ def _time_sample(
             some = table.take(pa.array(rows[: table.num_rows]))
             blocks += [ray.put(some.slice(row, size)) for row in range(0, some.num_rows, size)]
         ledger = _start_ledger(ray, job.sample, None)
-        index = _Index(blocks, loose.num_rows, shards.num_rows, 0, 0, False)
-        chain = _chain(job, checkpoint, place(job, ray.nodes()), index, done, ledger, _forget)
+        chain = _chain(job, checkpoint, place(job, ray.nodes()), blocks, done, ledger, _forget)
         for _ in chain.iter_batches(batch_size=None):
             pass
         state: Snapshot = ray.get(ledger.snapshot.remote(), timeout=_LEDGER_SECONDS)

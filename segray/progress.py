@@ -20,10 +20,13 @@ from segray.classes import Classes
 if TYPE_CHECKING:
     from segray.sink import Receipt
 
-__all__ = ["STALL_SECONDS", "Fetched", "Ledger", "Snapshot", "Totals", "print_table", "watch"]
+__all__ = ["STALL_SECONDS", "START_SECONDS", "Fetched", "Ledger", "Snapshot", "Totals", "note", "print_table", "watch"]
 
 STALL_SECONDS = 300.0
 """How long a run may show no sign of life."""
+
+START_SECONDS = 1800.0
+"""How long it may take until the first model is built: nodes may have to be had first."""
 
 _LINE_SECONDS = 10
 _LOOK_SECONDS = 0.5
@@ -224,7 +227,7 @@ def watch(
     num_shards: int,
     started: float,
     samples: list[tuple[float, int]],
-    stalled: Callable[[], None],
+    stalled: Callable[[bool], None],
 ) -> Iterator[None]:
     """Shows how a run goes: a live bar on a terminal, elsewhere a line every 10 seconds.
 
@@ -234,7 +237,8 @@ def watch(
         num_shards: shards to read.
         started: when the run did, seconds since the epoch.
         samples: is given (seconds since then, images done), some hundred in all.
-        stalled: is called, in another thread, when nothing has gone on for 5 minutes.
+        stalled: is called, in another thread, when nothing has gone on for 5 minutes, or no model was built for
+            30; it is told whether there had been any.
     """
     stop = threading.Event()
     console = Console(stderr=True)
@@ -259,8 +263,8 @@ def watch(
                 state = None
             if state is not None and state.num_signs != num_signs:
                 num_signs, last_sign = state.num_signs, now
-            elif num_signs and now - last_sign > STALL_SECONDS:
-                stalled()
+            elif now - last_sign > (STALL_SECONDS if num_signs else START_SECONDS):
+                stalled(num_signs > 0)
                 return
             if state is None:
                 continue
@@ -307,6 +311,11 @@ def _describe(state: Snapshot, total: int | None) -> str:
     rate = (state.num_done - state.num_done_first) / (state.last_done - state.first_done)
     left = f", {timedelta(seconds=round((total - state.num_done) / rate))} left" if total and rate else ""
     return f"{rate:.1f} images/s{left}, {rejects}"
+
+
+def note(text: str) -> None:
+    """Says something beside the results."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def print_table(columns: list[str], rows: list[list[str]]) -> None:

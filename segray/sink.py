@@ -19,7 +19,6 @@ The note says nothing of what is done, only what to look for among it: a shard w
 all done need not be opened.
 """
 
-import contextlib
 import functools
 import hashlib
 import io
@@ -46,7 +45,7 @@ from ray.data.block import Block
 from segray.classes import Classes
 from segray.errors import SinkError
 from segray.retry import retrying
-from segray.source import filesystem, known
+from segray.source import filesystem, is_shard, known
 
 __all__ = ["LABELLED", "LABEL_MAPS", "REJECTS", "SHARDS", "STATISTICS", "PartSink", "Receipt", "Sink", "part_name"]
 
@@ -109,6 +108,7 @@ LABELLED = pa.schema(
 """What `Sink.write` takes: a row an image, labelled (`reason` is null) or rejected."""
 
 _PART_BYTES = 64 * 2**20
+_MAX_PUT_BYTES = 5 * 2**30 - 1  # of S3
 _REQUESTS_IN_FLIGHT = 32
 _READ_BYTES = 2**18
 _TEMPORARY = re.compile(r"\.((part-)?[0-9a-f]{32}\.parquet|[\w-]+\.json)\.\w+\.tmp")
@@ -163,27 +163,15 @@ class Sink:
         self._recipe = recipe
 
     def start(self, recipe: dict[str, Any]) -> None:
-        """Describes the recipe, and tidies up.
+        """Describes the recipe.
 
         Raises:
             SinkError: the sink cannot be written.
         """
         try:
             self.write_json(f"recipes/{self._recipe}.json", recipe)
-            self.tidy()
         except Exception as error:  # whatever the store's client raises
             raise SinkError(f"{self.root} cannot be written: {type(error).__name__}: {error}") from error
-
-    def tidy(self) -> None:
-        """Removes what was left half done: temporary files, statistics without label maps."""
-        for orphan in self._parts("statistics").keys() - self._parts("label_maps").keys():
-            self._remove("statistics", orphan)
-        if isinstance(self.filesystem, LocalFileSystem):
-            folders = [f"{self.root}/{name}" for name in ("lock", "recipes", "runs", "shards")]
-            for folder in (*map(self._folder, ("label_maps", "statistics", "rejects")), *folders):
-                for path in self._list(folder):
-                    if _TEMPORARY.fullmatch(path.rpartition("/")[2]):
-                        os.unlink(path)
 
     def parts(self) -> set[str]:
         """All parts that hold images, as `label_maps/NAME` and `rejects/NAME`."""
@@ -194,11 +182,14 @@ class Sink:
 
         Args:
             with_rejects: whether rejects count as done.
-            repair: whether the second row of an image that came twice is removed.
+            repair: whether what earlier runs left is put in order: temporary files and parts without their twin,
+                and the second row of an image that came twice.
 
         Raises:
             SinkError: a part cannot be read, or not be replaced.
         """
+        if repair:
+            self._tidy()
         parts, ids, positions, first_rows = self._image_ids()
         order = np.argsort(ids, kind="stable")
         ids, positions = ids[order], positions[order]
@@ -211,37 +202,44 @@ class Sink:
             if (kind, part) in kept:  # what an earlier part was left with is what this one holds, and so its name
                 continue
             rows = np.sort(order[~is_first & (positions == position)]) - first_rows[position]
-            try:
-                kept.add((kind, self._drop(kind, part, rows)))
-            except OSError as error:
-                raise SinkError(f"{self._folder(kind)}/{part} cannot be replaced: {error}") from error
+            kept.add((kind, self._drop(kind, part, rows)))
         if with_rejects:
             return ids[is_first]
         is_labelled = np.array([kind == "label_maps" for kind, _ in parts], bool)
         return ids[is_first & is_labelled[positions]] if parts else ids
 
-    def drop_found(self) -> None:
-        """Removes rejects without a version, as their images could not be looked up, that are labelled by now.
+    def drop_superseded(self) -> None:
+        """Removes rejects that a later run has put right under other image_ids.
+
+        Those of shards, whose images it labelled, and those without a version, as the object could not be looked up.
 
         Raises:
             SinkError: a part cannot be read, or not be replaced.
         """
-        rejects = {part: self._read("rejects", part, ["uri", "version"]) for part in self._parts("rejects")}
-        lost = {part: table.filter(pc.equal(table["version"], "")) for part, table in rejects.items()}
-        wanted = {uri for table in lost.values() for uri in table["uri"].to_pylist()}
+        columns = ["uri", "version", "run_id"]
+        rejects = {part: self._read("rejects", part, columns).to_pylist() for part in self._parts("rejects")}
+        wanted = {row["uri"] for rows in rejects.values() for row in rows if not row["version"] or is_shard(row["uri"])}
         if not wanted:
             return
 
-        def among(part: str) -> set[str]:
-            uris = self._read("label_maps", part, ["uri"])["uri"]
-            return set(uris.filter(pc.is_in(uris, pa.array(wanted))).to_pylist())
+        def among(part: str) -> set[tuple[str, str, str]]:
+            rows = self._read("label_maps", part, columns)
+            shards = pc.replace_substring_regex(rows["uri"], "#.*", "")
+            found: set[tuple[str, str, str]] = set()
+            for uris in (rows["uri"], shards):
+                some = rows.set_column(0, "uri", uris).filter(pc.is_in(uris, pa.array(wanted)))
+                found |= set(zip(*(column.to_pylist() for column in some.columns), strict=True))
+            return found
 
+        newest: dict[tuple[str, str], str] = {}
         with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
-            found = pa.array(set[str]().union(*pool.map(among, self._parts("label_maps"))), pa.string())
-        for part, table in rejects.items():
-            superfluous = pc.and_(pc.equal(table["version"], ""), pc.is_in(table["uri"], found))
-            if pc.any(superfluous).as_py():
-                self._drop("rejects", part, np.flatnonzero(superfluous))
+            for uri, version, run_id in set[tuple[str, str, str]]().union(*pool.map(among, self._parts("label_maps"))):
+                for key in ((uri, version), (uri, "")):
+                    newest[key] = max(run_id, newest.get(key, ""))
+        for part, rows in rejects.items():
+            is_later = [newest.get((row["uri"], row["version"]), "") > row["run_id"] for row in rows]
+            if any(is_later):
+                self._drop("rejects", part, np.flatnonzero(is_later))
 
     def num_changed(self, entries: pa.Table) -> int:
         """How many objects of an index were labelled as they are no more: in another version, and not in this one.
@@ -301,19 +299,40 @@ class Sink:
                 "move it away, and the next run does its images again"
             ) from error
 
+    def _tidy(self) -> None:
+        """Removes temporary files and parts without their twin.
+
+        Label maps lose theirs where a worker outlived its run, between its two writes.
+        """
+        label_maps = self._parts("label_maps").keys()  # before their twins, which are written first
+        statistics = self._parts("statistics").keys()
+        for kind, orphans in (("statistics", statistics - label_maps), ("label_maps", label_maps - statistics)):
+            for orphan in orphans:
+                self._remove(kind, orphan)
+        if isinstance(self.filesystem, LocalFileSystem):
+            folders = [f"{self.root}/{name}" for name in ("lock", "recipes", "runs", "shards")]
+            for folder in (*map(self._folder, ("label_maps", "statistics", "rejects")), *folders):
+                for path in self._list(folder):
+                    if _TEMPORARY.fullmatch(path.rpartition("/")[2]):
+                        self._remove_object(path)
+
     def _drop(self, kind: str, part: str, superfluous: Int64[np.ndarray, " n"]) -> str:
-        """Rewrites a part without these rows, what stays before the part goes; the name of the new one."""
+        """Rewrites a part without these rows, what stays before the part goes; the name of the new one.
+
+        Raises:
+            SinkError: it cannot be read, or not be written.
+        """
         rows = self._read(kind, part)
         is_kept = np.ones(rows.num_rows, bool)
         is_kept[superfluous] = False
         rest = rows.filter(pa.array(is_kept))
         name = part_name(rest)
-        if rest.num_rows and kind == "label_maps":
-            statistics = self._read("statistics", part)
-            kept = statistics.filter(pc.is_in(statistics["image_id"], rest["image_id"].combine_chunks()))
-            self._put_table("statistics", name, kept, STATISTICS)
         if rest.num_rows:
-            self._put_table(kind, name, rest, LABEL_MAPS if kind == "label_maps" else REJECTS)
+            statistics = None
+            if kind == "label_maps":
+                statistics = self._read("statistics", part)
+                statistics = statistics.filter(pc.is_in(statistics["image_id"], rest["image_id"].combine_chunks()))
+            self._replace(kind, name, rest, statistics)
         self._remove(kind, part)
         if kind == "label_maps":
             self._remove("statistics", part)
@@ -347,14 +366,13 @@ class Sink:
         `done` puts in order.
 
         Raises:
-            SinkError: a part cannot be read.
+            SinkError: a part cannot be read, or not be replaced.
         """
         rows = pa.concat_tables(self._read(kind, part) for part in parts)
-        name = part_name(rows)
+        statistics = None
         if kind == "label_maps":
             statistics = pa.concat_tables(self._read("statistics", part) for part in parts)
-            self._put_table("statistics", name, statistics, STATISTICS)
-        self._put_table(kind, name, rows, LABEL_MAPS if kind == "label_maps" else REJECTS)
+        self._replace(kind, part_name(rows), rows, statistics)
         for part in parts:
             self._remove(kind, part)
             if kind == "label_maps":
@@ -427,6 +445,17 @@ class Sink:
             parts=tuple(parts),
         )
 
+    def _replace(self, kind: str, name: str, rows: pa.Table, statistics: pa.Table | None) -> None:
+        """Writes rows that are in the sink already as a part of their own."""
+        try:
+            if statistics is not None:
+                self._put_table("statistics", name, statistics, STATISTICS)
+            self._put_table(kind, name, rows, LABEL_MAPS if kind == "label_maps" else REJECTS)
+        except Exception as error:  # whatever the store's client raises
+            raise SinkError(
+                f"{self._folder(kind)}/{name} cannot be written: {type(error).__name__}: {error}"
+            ) from error
+
     def _put_table(self, kind: str, part: str, table: pa.Table, schema: pa.Schema) -> None:
         self._put(f"{self._folder(kind)}/{part}", _parquet(table.select(schema.names).cast(schema)))
 
@@ -447,13 +476,21 @@ class Sink:
             raise SinkError(f"{folder} cannot be listed: {type(error).__name__}: {error}") from error
 
     def _remove(self, kind: str, part: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self.filesystem.rm_file(f"{self._folder(kind)}/{part}")
+        self._remove_object(f"{self._folder(kind)}/{part}")
+
+    def _remove_object(self, path: str) -> None:
+        try:
+            retrying(lambda: self.filesystem.rm_file(path))
+        except FileNotFoundError:
+            pass
+        except Exception as error:  # whatever the store's client raises
+            raise SinkError(f"{path} cannot be removed: {type(error).__name__}: {error}") from error
 
     def _put(self, path: str, data: bytes) -> None:
         if not isinstance(self.filesystem, LocalFileSystem):
-            # An object appears whole or not at all.
-            retrying(lambda: self.filesystem.pipe_file(path, data))
+            # An object appears whole or not at all. In one request: what is cut short leaves nothing behind.
+            whole = {"chunksize": _MAX_PUT_BYTES} if "s3" in self.filesystem.protocol else {}
+            retrying(lambda: self.filesystem.pipe_file(path, data, **whole))
             return
         folder, name = os.path.split(path)
         os.makedirs(folder, exist_ok=True)
@@ -467,6 +504,9 @@ class Sink:
                 raise
         os.chmod(file.name, 0o644)  # a temporary file is its owner's alone
         os.replace(file.name, path)
+        directory = os.open(folder, os.O_RDONLY)
+        os.fsync(directory)  # or a power cut might keep the second of two parts and lose the first
+        os.close(directory)
 
 
 class PartSink(Datasink[None]):

@@ -77,7 +77,8 @@ _READ_BYTES = 8 * 2**20
 _MAX_SAMPLE_MEMBERS = 64  # names with dots share a key for a whole shard: those are no sample
 _ASSUMED_BYTES = 4 * 2**20
 _REQUESTS_IN_FLIGHT = 64
-_MEMBERS_PER_SIGN = 200
+_SIGN_SECONDS = 10.0
+_READING = 1  # to be raised with any change of code that finds other images in a shard
 
 _S3_SETTINGS = {"connect_timeout": 10, "read_timeout": 30, "retries": {"max_attempts": 2}}
 
@@ -106,7 +107,7 @@ def filesystem(uri: str) -> tuple[Any, str]:
 
 def shard_id(uri: str, version: str, column: str | None) -> str:
     """The digest of all that decides which images a shard holds: 32 hexadecimal digits."""
-    return image_id(uri, f"{version}\0{column or ''}")
+    return image_id(uri, f"{version}\0{column or ''}\0{_READING}")
 
 
 def is_shard(uri: str) -> bool:
@@ -363,8 +364,8 @@ def tar_samples(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
                 content = archive.extractfile(member)
                 assert content is not None  # as it is a file
                 members[extension] = content.read()
-        except (tarfile.TarError, OSError, EOFError, zlib.error):
-            if members and key is not None:
+        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+            if members and key is not None and not is_transient(error):  # else there is more to come of it
                 yield key, members
             raise
         if key is not None:
@@ -419,7 +420,8 @@ def _walk(fs: Any, path: str) -> Iterator[dict[str, Any]]:
         bucket, key, _ = fs.split_path(path)
         token: dict[str, str] = {}
         while True:
-            page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/" if key else "", **token)
+            list_page = functools.partial(fs.call_s3, "list_objects_v2", Bucket=bucket, Prefix=f"{key}/" if key else "")
+            page = retrying(functools.partial(list_page, **token))
             for item in page.get("Contents", ()):
                 if not item["Key"].endswith("/"):
                     yield {**item, "name": f"{bucket}/{item['Key']}", "size": item["Size"]}
@@ -498,13 +500,13 @@ def _fetch_loose(rows: Sequence[dict[str, Any]], done: np.ndarray) -> Iterator[t
     num_present = 0
     wanted: list[_Wanted] = []
     for row, version in zip(rows, versions, strict=True):
-        known = "" if isinstance(version, Reject) else version
-        identity = image_id(row["uri"], known)
+        text = "" if isinstance(version, Reject) else version
+        identity = image_id(row["uri"], text)
         if _known(identity, done):
             num_present += 1
         else:
             size = version if isinstance(version, Reject) else row["size_bytes"]
-            wanted.append((identity, row["uri"], known, size))
+            wanted.append((identity, row["uri"], text, size))
     for some in _by_bytes(wanted):
         contents = _cat({uri: size for _, uri, _, size in some if not isinstance(size, Reject)})
         for table in _batches((i, uri, v, s if isinstance(s, Reject) else contents[uri]) for i, uri, v, s in some):
@@ -608,23 +610,24 @@ def _fetch_shard(
     def images() -> Iterator[tuple[str, str, str, bytes | Reject]]:
         nonlocal num_present
         looked_up = _look_up({"uri": shard, "version": version})
-        known = "" if isinstance(looked_up, Reject) else looked_up
-        pauses = iter(PAUSES_SECONDS)
+        present_version = "" if isinstance(looked_up, Reject) else looked_up
+        pauses, last_sign = iter(PAUSES_SECONDS), time.monotonic()
         while True:
             num_before = len(members)
             try:
                 if isinstance(looked_up, Reject):
                     raise looked_up
                 for uri, data in islice(_members(shard, column), num_before, None):
-                    identity = image_id(uri, known)
+                    identity = image_id(uri, present_version)
                     members.append(identity)
                     if _known(identity, done):
                         num_present += 1
-                        if len(members) % _MEMBERS_PER_SIGN == 0:
+                        if time.monotonic() - last_sign >= _SIGN_SECONDS:
                             alive()
+                            last_sign = time.monotonic()
                     else:
                         missing = Reject("fetch", "missing", "the row holds no bytes")
-                        yield identity, uri, known, missing if data is None else data
+                        yield identity, uri, present_version, missing if data is None else data
                 return
             except Exception as error:  # whatever the store's client raises, and damaged shards
                 if len(members) > num_before:
@@ -632,14 +635,14 @@ def _fetch_shard(
                 if is_transient(error) and (pause := next(pauses, None)):
                     time.sleep(pause)
                     continue  # from its beginning, past what has been read
-                identity = image_id(shard, known)
+                identity = image_id(shard, present_version)
                 members.append(identity)
                 if _known(identity, done):
                     num_present += 1
                     return
                 final = error if isinstance(error, Reject) else _final(error)
                 broken = Reject("fetch", "broken shard", f"what follows could not be read: {_text(error)}")
-                yield identity, shard, known, final if final is error else broken
+                yield identity, shard, present_version, final if final is error else broken
                 return
 
     for table in _batches(images()):

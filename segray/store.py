@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Self
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from segray.errors import SinkError
+from segray.source import filesystem
 
 __all__ = ["LabelStore", "image_name"]
 
@@ -48,8 +48,8 @@ class LabelStore:
             SinkError: it cannot be listed, or there is none.
         """
         try:
-            filesystem, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
-            entries = filesystem.ls(path, detail=False)
+            fs, path = filesystem(uri)
+            entries = fs.ls(path, detail=False)
         except FileNotFoundError as error:
             raise SinkError(f"{uri}: there is no label store; `segray label SOURCE {uri}` makes one") from error
         except Exception as error:  # each store's client has exceptions of its own
@@ -60,7 +60,7 @@ class LabelStore:
                 f"{uri}: not a label store: neither label_maps/ nor rejects/ nor runs/ is in it; "
                 f"`segray label SOURCE {uri}` makes one"
             )
-        return cls(uri, filesystem, path.rstrip("/"))
+        return cls(uri, fs, path.rstrip("/"))
 
     def runs(self) -> Iterator[dict[str, Any]]:
         """The records of runs, newest first."""

@@ -1,9 +1,13 @@
 """A label store, read back and proved: every part, every label map, every count, as Ray tasks."""
 
+import contextlib
+import secrets
 import sys
+import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -19,7 +23,8 @@ from tyro.conf import Positional
 from segray.classes import Classes
 from segray.errors import RunError, SegrayError, SettingsError, SinkError, SourceError
 from segray.labelmap import decode_png
-from segray.progress import print_table
+from segray.lock import hold
+from segray.progress import note, print_table
 from segray.session import root_cause, session
 from segray.source import Source, fetch, image_id, is_shard, known
 from segray.store import LabelStore
@@ -30,7 +35,6 @@ __all__ = ["Verify", "verify"]
 
 _TABLES = ("label_maps", "statistics", "rejects")
 _NUM_SHOWN = 50
-_NUM_MISSING_SHOWN = 20
 _TASK_CPUS = 0.5  # a task waits for its part before it decodes
 _TASKS_IN_FLIGHT = 256
 _ENTRIES_PER_TASK = 32
@@ -55,7 +59,8 @@ class Verify:
     """The recipe that is verified. Default: all that are in the store."""
 
     repair: bool = False
-    """Move the parts that are broken to SINK/quarantine: the next run of `label` does their images again."""
+    """Move the parts that are broken to SINK/quarantine, under the sink's lock: the next run of `label` does their
+    images again."""
 
     def __post_init__(self) -> None:
         if self.column is not None and self.source is None:
@@ -101,7 +106,7 @@ class _Part:
 class _Missing:
     """Images of the source that the store does not hold."""
 
-    problems: _Problems = field(default_factory=lambda: _Problems(_NUM_MISSING_SHOWN))
+    problems: _Problems = field(default_factory=lambda: _Problems(sys.maxsize))
     num_seen: int = 0
     """Images of the source, these and the others."""
 
@@ -112,6 +117,7 @@ def verify(job: Verify) -> None:
     Raises:
         SinkError: there is no such store or recipe, or it is empty.
         SourceError: the source cannot be listed or holds no image.
+        Locked: a run holds the sink's lock, and `repair` would write.
         RunError: there are problems; they were printed.
     """
     store = LabelStore.open(job.sink)
@@ -124,7 +130,11 @@ def verify(job: Verify) -> None:
 
     problems, checked = _Problems(), Counter[str]()
     parts: list[_Part] = []
-    with session() as ray:
+    num_missing = 0
+    lost = threading.Event()
+    name = f"verification-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+    lock = hold(store.filesystem, store.path, name, wait_seconds=0, say=note, lost=lost.set)
+    with session() as ray, lock if job.repair else contextlib.nullcontext():
         for recipe_id in recipe_ids:
             try:
                 classes = Classes.from_dict(store.recipe(recipe_id)["classes"])
@@ -144,14 +154,19 @@ def verify(job: Verify) -> None:
                 missing = _find_missing(ray, source, recipe_id, done, job.column)
                 _show(missing.problems, "images that are missing")
                 problems.add([], missing.problems.count)
+                num_missing += missing.problems.count
                 checked["images of SOURCE"] = missing.num_seen
             checked["recipes"] += 1
-    checked["runs"] = _check_runs(store, job.recipe, problems)
-    _show(problems, "problems")
+        checked["runs"] = _check_runs(store, job.recipe, problems)
+        _show(problems, "problems")
 
-    broken = [part for part in parts if part.problems.count and part.is_at_hand]
-    moved = [path for part in broken for path in part.paths] if job.repair else []
-    _quarantine(store, moved)
+        broken = [part for part in parts if part.problems.count and part.is_at_hand]
+        moved = [path for part in broken for path in part.paths] if job.repair else []
+        if num_missing and job.repair:  # what the sink knows of shards may have kept them from being read
+            moved += [path.removeprefix(f"{store.path}/") for path in store.files("shards")]
+        if lost.is_set():
+            raise RunError(f"{job.sink}: the lock was lost to a run; nothing was moved, repair again when it has ended")
+        _quarantine(store, moved)
     for part in parts:
         kind = part.paths[0].partition("/")[0]
         checked["parts"] += len(part.paths)

@@ -22,23 +22,13 @@ jaxtyping.install_import_hook([f"segray.{module}" for module in _CHECKED], "bear
 
 import pytest
 import torch
+from filelock import FileLock
 
 from segray import demo, model
 from segray.classes import Classes
 from segray.model import Checkpoint, Preprocessing
 
 _DATA = Path(os.environ.get("SEGRAY_TEST_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the marker
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps what shares the cluster and the S3 server in one process, and jobs from starting two at a time."""
-    for item in items:
-        fixtures = set(getattr(item, "fixturenames", ()))
-        if fixtures & {"ray_cluster", "s3"}:
-            item.add_marker(pytest.mark.xdist_group("cluster"))
-        elif "scenes" in fixtures:
-            item.add_marker(pytest.mark.xdist_group("jobs"))
 
 
 @pytest.fixture(scope="session")
@@ -76,9 +66,10 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         *("weed", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={port}"),
         *("-admin.ui=false", "-webdav=false", "-bucket=segray"),
     ]
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
+    # It looks for free ports by itself, but two that look at once find the same ones.
+    with FileLock(tmp_path_factory.getbasetemp().parent / "s3.lock"):
+        with (folder / "log").open("w") as log:
+            server = subprocess.Popen(command, stdout=log, stderr=log)
         import s3fs
 
         for _ in range(100):
@@ -90,7 +81,9 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
             assert server.poll() is None, (folder / "log").read_text()
             time.sleep(0.2)
         else:
+            server.kill()
             pytest.fail(f"the S3 server did not start: {(folder / 'log').read_text()}")
+    try:
         yield S3(os.environ["AWS_ENDPOINT_URL"], "segray")
     finally:
         server.kill()

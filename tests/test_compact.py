@@ -93,11 +93,11 @@ def test_what_is_cut_short_the_next_one_puts_in_order(
     def fail(*arguments: Any) -> None:
         nonlocal left
         if left == 0:
-            raise OSError("the store is gone")
+            raise SinkError("the store is gone")
         left -= 1
         remove(*arguments)
 
-    with monkeypatch.context() as broken, pytest.raises(RunError, match="the store is gone; no row is lost"):
+    with monkeypatch.context() as broken, pytest.raises(RunError, match="broke off: the store is gone; no row is lost"):
         broken.setattr(Sink, "_remove", fail)
         compact(Compact(sink=str(store)))
     compact(Compact(sink=str(store)))

@@ -86,13 +86,27 @@ def test_a_stall_is_noticed_and_a_run_that_goes_on_is_left_alone(monkeypatch: py
     monkeypatch.setattr(progress, "_LOOK_SECONDS", 0.05)
     monkeypatch.setattr(progress, "STALL_SECONDS", 0.5)
     ledger, stalled = Ledger(), threading.Event()
-    with watch(ledger.snapshot, 10, 0, time.time(), [], stalled.set):
+    with watch(ledger.snapshot, 10, 0, time.time(), [], lambda had_begun: stalled.set() if had_begun else None):
         assert not stalled.wait(0.8), "no model is at work yet"
         for _ in range(10):
             ledger.beat()
             time.sleep(0.1)
         assert not stalled.is_set()
         assert stalled.wait(3)
+
+
+def test_a_run_whose_models_never_come_is_told_from_one_that_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(progress, "START_SECONDS", 0.5)
+    told, stalled = list[bool](), threading.Event()
+
+    def tell(had_begun: bool) -> None:
+        told.append(had_begun)
+        stalled.set()
+
+    with watch(Ledger().snapshot, 10, 0, time.time(), [], tell):
+        assert stalled.wait(5)
+    assert told == [False]
 
 
 def test_a_ledger_that_does_not_answer_for_a_while_ends_neither_the_watch_nor_the_run(
@@ -108,7 +122,7 @@ def test_a_ledger_that_does_not_answer_for_a_while_ends_neither_the_watch_nor_th
             raise TimeoutError
         return ledger.snapshot()
 
-    with watch(snapshot, 10, 0, time.time(), [], stalled.set):
+    with watch(snapshot, 10, 0, time.time(), [], lambda _: stalled.set()):
         time.sleep(0.5)
     assert asked["times"] > 3
     assert not stalled.is_set()

@@ -222,5 +222,45 @@ def test_temporary_files_of_a_killed_run_are_removed_and_no_others(tmp_path: Pat
     (folder / f".{part.name}.x1y2_z3.tmp").write_bytes(b"torn")
     (folder / ".notes.tmp").write_text("of a person")
     (folder / "part-of-a-film.tmp").write_text("of a person")
-    store.start({})
+    store.done()
     assert {path.name for path in folder.iterdir()} == {part.name, ".notes.tmp", "part-of-a-film.tmp"}
+
+
+def test_label_maps_that_lost_their_twin_are_removed_and_no_sound_row_for_them(tmp_path: Path) -> None:
+    store = Sink(str(tmp_path), "r1")
+    [*_] = store.write(rows("a", "b"), CLASSES, "late")
+    [statistics] = (tmp_path / "statistics/recipe=r1").iterdir()
+    statistics.unlink()
+    [*_] = store.write(rows("a"), CLASSES, "good")
+    [*_] = store.write(rows("b", "c"), CLASSES, "good")
+    assert store.done(repair=False).tolist() == sorted(image_id(name, "1").encode() for name in "abc")
+    store.done()
+    assert stored(store, "label_maps") == sorted((image_id(name, "1"), "good") for name in "abc")
+    assert stored(store, "statistics") == stored(store, "label_maps")
+
+
+def images(*uris: str, version: str = "1", reject: str | None = None) -> pa.Table:
+    """Rows of these URIs, each with the image_id of URI and version."""
+    table = rows(*uris, reject=reject)
+    ids = [image_id(uri, version) for uri in uris]
+    table = table.set_column(0, "image_id", pa.array(ids, pa.string()))
+    return table.set_column(2, "version", pa.repeat(version, len(uris)))
+
+
+def test_rejects_that_a_later_run_put_right_under_other_ids_go_and_no_others(tmp_path: Path) -> None:
+    store = Sink(str(tmp_path), "r1")
+    why = "forbidden: 403"
+    for run_id, table in [
+        ("1", images("gone.jpg")),
+        ("2", images("found.jpg", "gone.jpg", "never.jpg", "found.tar", version="", reject=why)),
+        ("2", images("open.tar", "shut.tar", "half.tar", reject=why)),
+        ("2", images("half.tar#1.jpg")),
+        ("2", images("bad.jpg", reject=why)),
+        ("3", images("found.jpg", "found.tar#1.jpg", "open.tar#1.jpg")),
+        ("3", images("shut.tar#1.jpg", version="2")),
+    ]:
+        [*_] = store.write(table, CLASSES, run_id)
+    store.drop_superseded()
+    paths = (tmp_path / "rejects/recipe=r1").iterdir()
+    left = sorted(uri for path in paths for uri in pq.read_table(path)["uri"].to_pylist())
+    assert left == ["bad.jpg", "gone.jpg", "half.tar", "never.jpg", "shut.tar"]

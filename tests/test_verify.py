@@ -15,11 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import s3fs
+from fsspec.implementations.local import LocalFileSystem
 
 from segray.classes import Classes
 from segray.cli import main
-from segray.errors import RunError, SettingsError, SinkError, SourceError
+from segray.errors import Locked, RunError, SettingsError, SinkError, SourceError
 from segray.labelmap import encode_png
+from segray.lock import hold
 from segray.sink import LABEL_MAPS, LABELLED, REJECTS, STATISTICS, Sink, part_name
 from segray.source import Source, fetch, image_id
 from segray.store import LabelStore
@@ -64,7 +66,8 @@ def store(tmp_path: Path) -> Path:
 
 
 def files(store: Path) -> set[str]:
-    return {str(path.relative_to(store)) for path in store.rglob("*") if path.is_file()}
+    found = {str(path.relative_to(store)) for path in store.rglob("*") if path.is_file()}
+    return {path for path in found if not path.startswith("lock/")}
 
 
 def part(store: Path, kind: str, *names: str) -> Path:
@@ -417,8 +420,7 @@ def test_every_image_of_the_source_is_labelled_or_rejected(
     add_shard(source, 4)  # other bytes, so another version: all four are new
     manifest.write_text("photos/0.jpg\nphotos/more/7.jpg\nphotos/nowhere.jpg\n")
     printed, error = fails(capsys, sink, 29, source=str(source))
-    assert len(re.findall(r"^file://.*/photos/more/\d+\.jpg: neither labelled nor rejected", printed, re.M)) == 20
-    assert "… 29 images that are missing in all" in printed
+    assert len(re.findall(r"^file://.*/photos/more/\d+\.jpg: neither labelled nor rejected", printed, re.M)) == 25
     assert "no part is broken; label the same source again" in error
 
     for path in (source / "more").iterdir():
@@ -429,6 +431,28 @@ def test_every_image_of_the_source_is_labelled_or_rejected(
     printed, _ = fails(capsys, sink, 2, source=str(manifest))
     assert re.search(r"nowhere\.jpg \(missing: .*\): neither labelled nor rejected \(recipe r1\)", printed)
     assert re.search(r"/more/7\.jpg \(missing", printed), "it was removed again"
+
+
+def test_a_repair_with_its_source_forgets_what_shards_hold_where_images_are_missing(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sink = tmp_path / "labels"
+    label(source, sink)
+    Sink(str(sink), "r1").write_shard("0" * 32, [image_id("a", "1")])
+    verify(Verify(sink=str(sink), source=str(source), repair=True))
+    assert list((sink / "shards").iterdir())
+    add_shard(source, 4)
+    fails(capsys, sink, 4, source=str(source))
+    assert list((sink / "shards").iterdir())
+    fails(capsys, sink, 4, source=str(source), repair=True)
+    assert not list((sink / "shards").iterdir())
+
+
+def test_a_store_that_is_written_is_not_repaired(store: Path) -> None:
+    with hold(LocalFileSystem(), str(store), "a-run", wait_seconds=0, say=print, lost=lambda: None):
+        verify(Verify(sink=str(store)))
+        with pytest.raises(Locked, match="run a-run on "):
+            verify(Verify(sink=str(store), repair=True))
 
 
 def test_a_source_without_images_is_refused(store: Path, tmp_path: Path) -> None:

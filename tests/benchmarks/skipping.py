@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -54,7 +55,9 @@ def write_part(folder: str, first: int, num_images: int) -> None:
     ids = [image_id(uri, version) for uri, version in zip(uris, versions, strict=True)]
     constants = [pa.repeat(value, len(ids)) for value in (0, 0, b"", "run")]
     rows = pa.table([ids, uris, versions, *constants], names=LABEL_MAPS.names).cast(LABEL_MAPS)
-    pq.write_table(rows, f"{folder}/{part_name(rows)}", compression="zstd")
+    part = part_name(rows)
+    pq.write_table(rows, f"{folder}/{part}", compression="zstd")
+    Path(f"{folder.replace('label_maps', 'statistics')}/{part}").touch()
 
 
 def main() -> None:
@@ -63,7 +66,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         sink = Sink(root, "r1")
         folder = f"{root}/label_maps/recipe=r1"
-        sink.filesystem.makedirs(folder)
+        for table in ("label_maps", "statistics"):
+            sink.filesystem.makedirs(folder.replace("label_maps", table))
         firsts = range(0, num_images, ROWS_PER_PART)
         with multiprocessing.Pool() as pool:
             pool.starmap(write_part, ((folder, first, num_images) for first in firsts))
