@@ -96,6 +96,7 @@ def ray_cluster(s3: S3) -> Iterator[None]:
     import ray
 
     ray.init(
+        "local",  # and not one that another process has started
         num_cpus=4,
         num_gpus=0,
         include_dashboard=False,
