@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import secrets
+import signal
 import sys
 import threading
 import time
@@ -584,6 +585,8 @@ class _Run:
     @contextlib.contextmanager
     def in_pipeline(self) -> Iterator[None]:
         """While the main thread may be interrupted."""
+        # Where SIGINT is ignored, as it is by default in a script's background, `end` would come to nothing.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         with self._lock:
             self._is_in_pipeline = True
         try:
@@ -591,6 +594,7 @@ class _Run:
         finally:
             with self._lock:
                 self._is_in_pipeline = False
+            signal.signal(signal.SIGINT, before)
 
     def record(
         self, recipe: str, index: _Index, state: Snapshot, totals: Totals, placement: Placement
