@@ -5,7 +5,6 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
@@ -60,7 +59,7 @@ def compact(job: Compact) -> None:
         store.recipe(job.recipe)  # or there is none
     rows: list[list[str]] = []
     lost = threading.Event()
-    name = f"compaction-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+    name = f"compaction-{secrets.token_hex(4)}"
     with hold(store.filesystem, store.path, name, wait_seconds=job.wait, say=note, lost=lost.set):
         for recipe_id in store.recipe_ids() if job.recipe is None else [job.recipe]:
             sink = Sink(job.sink, recipe_id)

@@ -267,13 +267,13 @@ class Sink:
     def _image_ids(self) -> tuple[list[tuple[str, str]], np.ndarray, np.ndarray, np.ndarray]:
         """The parts, label maps before rejects and new rejects before old ones; every image_id; its part; each's first.
 
-        Parts are told by their position in the list, and the first row of each by its position among the ids.
+        Parts are told by their position in the list, and the first row of each by its position among the ids. Label
+        maps without their twin are none of them.
         """
-        parts = [("label_maps", part) for part in sorted(self._parts("label_maps"))]
-        rejects = self._parts("rejects")
-        parts += [
-            ("rejects", part) for part in sorted(rejects, key=lambda name: (_time(rejects[name]), name), reverse=True)
-        ]
+        label_maps = self._parts("label_maps").keys()  # before their twins, which are written first
+        parts = [("label_maps", part) for part in sorted(label_maps & self._parts("statistics").keys())]
+        rejects = sorted(self._parts("rejects").items(), key=lambda part: (_time(part[1]), part[0]), reverse=True)
+        parts += [("rejects", part) for part, _ in rejects]
         with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
             found = list(pool.map(self._ids_of, parts))
         ids = np.concatenate([np.array([], "S32"), *found])
@@ -325,18 +325,7 @@ class Sink:
         rows = self._read(kind, part)
         is_kept = np.ones(rows.num_rows, bool)
         is_kept[superfluous] = False
-        rest = rows.filter(pa.array(is_kept))
-        name = part_name(rest)
-        if rest.num_rows:
-            statistics = None
-            if kind == "label_maps":
-                statistics = self._read("statistics", part)
-                statistics = statistics.filter(pc.is_in(statistics["image_id"], rest["image_id"].combine_chunks()))
-            self._replace(kind, name, rest, statistics)
-        self._remove(kind, part)
-        if kind == "label_maps":
-            self._remove("statistics", part)
-        return name
+        return self._replace(kind, [part], rows.filter(pa.array(is_kept)))
 
     def mergeable(self, kind: str) -> list[list[str]]:
         """The small parts of `label_maps` or `rejects`, in groups that would make one of a useful size each.
@@ -368,15 +357,7 @@ class Sink:
         Raises:
             SinkError: a part cannot be read, or not be replaced.
         """
-        rows = pa.concat_tables(self._read(kind, part) for part in parts)
-        statistics = None
-        if kind == "label_maps":
-            statistics = pa.concat_tables(self._read("statistics", part) for part in parts)
-        self._replace(kind, part_name(rows), rows, statistics)
-        for part in parts:
-            self._remove(kind, part)
-            if kind == "label_maps":
-                self._remove("statistics", part)
+        self._replace(kind, parts, pa.concat_tables(self._read(kind, part) for part in parts))
 
     def write(self, rows: pa.Table, classes: Classes, run_id: str) -> Iterator[Receipt]:
         """Commits labelled and rejected images, in parts of at most about 64 MiB.
@@ -445,16 +426,27 @@ class Sink:
             parts=tuple(parts),
         )
 
-    def _replace(self, kind: str, name: str, rows: pa.Table, statistics: pa.Table | None) -> None:
-        """Writes rows that are in the sink already as a part of their own."""
+    def _replace(self, kind: str, parts: Sequence[str], rows: pa.Table) -> str:
+        """Writes rows of these parts as one, before the parts themselves go; the name of the new one."""
+        name = part_name(rows)
+        statistics = None
+        if kind == "label_maps":
+            statistics = pa.concat_tables(self._read("statistics", part) for part in parts)
+            statistics = statistics.filter(pc.is_in(statistics["image_id"], rows["image_id"].combine_chunks()))
         try:
-            if statistics is not None:
+            if rows.num_rows and statistics is not None:
                 self._put_table("statistics", name, statistics, STATISTICS)
-            self._put_table(kind, name, rows, LABEL_MAPS if kind == "label_maps" else REJECTS)
+            if rows.num_rows:
+                self._put_table(kind, name, rows, LABEL_MAPS if kind == "label_maps" else REJECTS)
         except Exception as error:  # whatever the store's client raises
             raise SinkError(
                 f"{self._folder(kind)}/{name} cannot be written: {type(error).__name__}: {error}"
             ) from error
+        for part in parts:
+            self._remove(kind, part)
+            if statistics is not None:
+                self._remove("statistics", part)
+        return name
 
     def _put_table(self, kind: str, part: str, table: pa.Table, schema: pa.Schema) -> None:
         self._put(f"{self._folder(kind)}/{part}", _parquet(table.select(schema.names).cast(schema)))

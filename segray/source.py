@@ -500,13 +500,13 @@ def _fetch_loose(rows: Sequence[dict[str, Any]], done: np.ndarray) -> Iterator[t
     num_present = 0
     wanted: list[_Wanted] = []
     for row, version in zip(rows, versions, strict=True):
-        text = "" if isinstance(version, Reject) else version
-        identity = image_id(row["uri"], text)
+        known_version = "" if isinstance(version, Reject) else version
+        identity = image_id(row["uri"], known_version)
         if _known(identity, done):
             num_present += 1
         else:
             size = version if isinstance(version, Reject) else row["size_bytes"]
-            wanted.append((identity, row["uri"], text, size))
+            wanted.append((identity, row["uri"], known_version, size))
     for some in _by_bytes(wanted):
         contents = _cat({uri: size for _, uri, _, size in some if not isinstance(size, Reject)})
         for table in _batches((i, uri, v, s if isinstance(s, Reject) else contents[uri]) for i, uri, v, s in some):
@@ -610,7 +610,7 @@ def _fetch_shard(
     def images() -> Iterator[tuple[str, str, str, bytes | Reject]]:
         nonlocal num_present
         looked_up = _look_up({"uri": shard, "version": version})
-        present_version = "" if isinstance(looked_up, Reject) else looked_up
+        known_version = "" if isinstance(looked_up, Reject) else looked_up
         pauses, last_sign = iter(PAUSES_SECONDS), time.monotonic()
         while True:
             num_before = len(members)
@@ -618,7 +618,7 @@ def _fetch_shard(
                 if isinstance(looked_up, Reject):
                     raise looked_up
                 for uri, data in islice(_members(shard, column), num_before, None):
-                    identity = image_id(uri, present_version)
+                    identity = image_id(uri, known_version)
                     members.append(identity)
                     if _known(identity, done):
                         num_present += 1
@@ -627,7 +627,7 @@ def _fetch_shard(
                             last_sign = time.monotonic()
                     else:
                         missing = Reject("fetch", "missing", "the row holds no bytes")
-                        yield identity, uri, present_version, missing if data is None else data
+                        yield identity, uri, known_version, missing if data is None else data
                 return
             except Exception as error:  # whatever the store's client raises, and damaged shards
                 if len(members) > num_before:
@@ -635,14 +635,14 @@ def _fetch_shard(
                 if is_transient(error) and (pause := next(pauses, None)):
                     time.sleep(pause)
                     continue  # from its beginning, past what has been read
-                identity = image_id(shard, present_version)
+                identity = image_id(shard, known_version)
                 members.append(identity)
                 if _known(identity, done):
                     num_present += 1
                     return
                 final = error if isinstance(error, Reject) else _final(error)
                 broken = Reject("fetch", "broken shard", f"what follows could not be read: {_text(error)}")
-                yield identity, shard, present_version, final if final is error else broken
+                yield identity, shard, known_version, final if final is error else broken
                 return
 
     for table in _batches(images()):

@@ -7,7 +7,6 @@ import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -132,7 +131,7 @@ def verify(job: Verify) -> None:
     parts: list[_Part] = []
     num_missing = 0
     lost = threading.Event()
-    name = f"verification-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+    name = f"verification-{secrets.token_hex(4)}"
     lock = hold(store.filesystem, store.path, name, wait_seconds=0, say=note, lost=lost.set)
     with session() as ray, lock if job.repair else contextlib.nullcontext():
         for recipe_id in recipe_ids:

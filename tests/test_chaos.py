@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import S3
+pytestmark = pytest.mark.usefixtures("s3")
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,13 +18,12 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.usefixtures("s3")
 def test_whatever_happens_to_a_run_each_image_has_one_row_after_the_next() -> None:
     printed = run("tests.chaos", "--num-runs", "2", "--num-images", "240")
     assert re.search(r"\| driver killed \| 1 \| 1 \| 1 \|\n\| worker killed \| 1 \| [01] \| 1 \|\n\n2 of 2", printed)
 
 
-def test_a_soak_verifies_its_store_and_its_second_run_opens_no_shard(s3: S3) -> None:
+def test_a_soak_verifies_its_store_and_its_second_run_opens_no_shard() -> None:
     printed = run("tests.soak", "--num-images", "10000")
     assert re.search(r"\| all \| 10,000 \|", printed)
     assert "0 requests for shards" in printed

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import signal
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -495,6 +496,7 @@ def test_a_run_in_which_nothing_goes_on_ends_and_names_what_is_outstanding(
     photos: Path, tmp_path: Path, small_model: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.mkfifo(photos / "never-ends.jpg")  # whoever reads it waits for a writer
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
     monkeypatch.setattr("segray.label._IMAGES_PER_BLOCK", 5)
     sink = str(tmp_path / "labels")
     with (
@@ -503,6 +505,7 @@ def test_a_run_in_which_nothing_goes_on_ends_and_names_what_is_outstanding(
     ):
         soon.setattr("segray.progress.STALL_SECONDS", 8.0)
         label(Label(source=str(photos), sink=sink, model=small_model))
+    assert signal.signal(signal.SIGINT, before) is signal.SIG_IGN
     assert newest_run(sink)["status"] == "failed"
     (photos / "never-ends.jpg").unlink()
     label(Label(source=str(photos), sink=sink, model=small_model))

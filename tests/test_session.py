@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from ray.cluster_utils import Cluster
 
 from segray.errors import Reject, RunError
 from segray.session import root_cause
@@ -25,6 +26,18 @@ with session():
 def test_a_job_still_hears_the_signal_that_ends_it_once_ray_has_started() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     subprocess.run([sys.executable, "-c", PROGRAM], env=environment, check=True, timeout=300)
+
+
+def test_without_an_address_a_job_leaves_the_clusters_of_this_machine_alone() -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    program = "from segray.session import session\nwith session() as ray: print(ray.get_runtime_context().gcs_address)"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    try:
+        for given, joins in (({}, False), ({"RAY_ADDRESS": cluster.address}, True)):
+            printed = subprocess.check_output([sys.executable, "-c", program], env=environment | given, text=True)
+            assert (printed.strip() == cluster.address) == joins
+    finally:
+        cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 def caused(error: Exception, cause: Exception) -> Exception:

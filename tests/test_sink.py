@@ -228,7 +228,7 @@ def test_temporary_files_of_a_killed_run_are_removed_and_no_others(tmp_path: Pat
 
 def test_label_maps_that_lost_their_twin_are_removed_and_no_sound_row_for_them(tmp_path: Path) -> None:
     store = Sink(str(tmp_path), "r1")
-    [*_] = store.write(rows("a", "b"), CLASSES, "late")
+    [*_] = store.write(rows("a", "b", "d"), CLASSES, "late")
     [statistics] = (tmp_path / "statistics/recipe=r1").iterdir()
     statistics.unlink()
     [*_] = store.write(rows("a"), CLASSES, "good")
