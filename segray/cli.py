@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import tyro
 
 from segray.errors import SegrayError
+from segray.progress import say
 
 __all__ = ["main"]
 
@@ -44,10 +45,10 @@ def main(job: str | None = None) -> NoReturn:
         settings = tyro.cli(getattr(module, job.capitalize()), prog=program, args=arguments)
         getattr(module, job)(settings)
     except SegrayError as error:
-        print(f"segray: {error}", file=sys.stderr)
+        say(f"segray: {error}", exit_status=error.exit_status)
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
-        print("segray: stopped", file=sys.stderr)
+        say("segray: stopped", exit_status=130)
         sys.exit(130)
     sys.exit(0)
 

@@ -22,15 +22,16 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from tyro.conf import Positional
 
 import segray
-from segray import progress
+from segray import metrics, progress
 from segray.classes import Classes
 from segray.decode import decode
 from segray.errors import Reject, RunError, SettingsError, SinkError, SourceError
 from segray.labelmap import dtype_for, encode_png
-from segray.progress import Fetched, Ledger, Snapshot, Totals, note, print_table, watch
+from segray.progress import Fetched, Ledger, Snapshot, Totals, is_json, note, print_table, say, say_as, watch
 from segray.tile import Tiling
 
 __all__ = ["Label", "Placement", "label", "place"]
@@ -47,6 +48,7 @@ _THREADS = 4
 _LEDGER_SECONDS = 30
 _MAX_NAMED = 20
 _REQUESTS_IN_FLIGHT = 32
+_ACCELERATOR, _HEAD = "ray.io/accelerator-type", "node:__internal_head__"  # Ray's own names of a label, a resource
 _IMAGES_PER_SHARD = 1000  # as good a guess as any of what is in one that nobody has read
 
 
@@ -115,14 +117,15 @@ class Label:
     batch_size: int = 16
     """Images, or tiles, that share a forward pass; beyond 640×640 pixels in proportion fewer."""
 
-    actors: int | None = None
-    """Copies of the model; None: one a GPU, or one for each --threads CPUs."""
+    actors: str | None = None
+    """Copies of the model: 4, or from 2:8 as the load asks; None: one a GPU, or one for each --threads CPUs."""
 
     threads: int | None = None
     """CPU threads of each copy; None: 4, or what the smallest node has; with a GPU 1."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "actors", "threads", "max_pixels", "max_images", "sample"):
+        _bounds(self.actors)
+        for name in ("batch_size", "threads", "max_pixels", "max_images", "sample"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"--{name.replace('_', '-')} {value}: must be at least 1")
@@ -155,14 +158,20 @@ class Placement:
 
     device: Literal["cpu", "cuda"]
     """Where the model runs."""
-    actors: int
-    """Copies of the model."""
+    min_actors: int
+    """Copies of the model, at least."""
+    max_actors: int
+    """And at most."""
     threads: int
     """CPU threads of each."""
     actor_cpus: float
     """CPUs that each reserves."""
+    actor_gpus: int
+    """GPUs that each reserves."""
     task_cpus: float
     """CPUs that a task of the other stages reserves."""
+    task_labels: dict[str, str]
+    """What the labels of a node must be that runs such a task, in Ray's syntax."""
 
 
 def label(job: Label) -> None:
@@ -174,6 +183,7 @@ def label(job: Label) -> None:
         KeyboardInterrupt: it was stopped; what it had committed is kept.
     """
     run = _Run(job)
+    say_as(run.run_id)
 
     from segray import model
     from segray.lock import hold
@@ -210,7 +220,8 @@ def label(job: Label) -> None:
         done = sink.done(with_rejects=not job.retry_rejects)
         index = _index(source, sink, done)
         sink.start(recipe)
-        ledger = _start_ledger(ray, job.max_images, run.deadline)
+        ledger = _start_ledger(ray, run.run_id, job.max_images, run.deadline)
+        metrics.add_images("present", run.run_id, index.num_present)
         failure: str | None = None
         try:
             if index.blocks and not run.ended:
@@ -220,7 +231,10 @@ def label(job: Label) -> None:
                         PartSink(sink, checkpoint.classes, run.run_id, ledger, index.num_images),
                         # Less than the task before it, or Ray would fuse the two and keep a
                         # whole part's label maps in memory until they are encoded.
-                        ray_remote_args={"num_cpus": placement.task_cpus / 2},
+                        ray_remote_args={
+                            "num_cpus": placement.task_cpus / 2,
+                            "label_selector": placement.task_labels,
+                        },
                     )
             run.status, failure = ("failed", run.ended) if run.ended else ("finished", None)
         except KeyboardInterrupt:
@@ -258,11 +272,11 @@ def label(job: Label) -> None:
         )
 
 
-def _start_ledger(ray: Any, max_images: int | None, deadline: float | None) -> Any:
+def _start_ledger(ray: Any, run_id: str, max_images: int | None, deadline: float | None) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Ledger).remote(max_images, deadline)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Ledger).remote(run_id, max_images, deadline)
 
 
 def _chain(
@@ -277,10 +291,11 @@ def _chain(
     """From the index to rows with the schema `sink.LABELLED`, as a dataset of Ray that nobody has asked for yet."""
     import ray
 
-    from segray.predict import CPU_ENVIRONMENT, Predictor
+    from segray.predict import CPU_ENVIRONMENT
 
     done_ref, checkpoint_ref = ray.put(done), ray.put(checkpoint.to_bytes())
-    task: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": placement.task_cpus}
+    where = {"num_cpus": placement.task_cpus, "label_selector": placement.task_labels}
+    task: dict[str, Any] = {"batch_format": "pyarrow", **where}
     fetch_arguments = {"done": done_ref, "column": job.column, "ledger": ledger, "whole": whole}
     entries: Any = ray.data.from_arrow_refs(blocks)
     return (
@@ -289,21 +304,23 @@ def _chain(
         # map_batches would insist on a number of rows with a GPU. Ours are whole blocks,
         # which Ray bounds in bytes, however large the images are.
         .map_batches_internal(
-            Predictor,
+            _Predictor,
             batch_format="pyarrow",
-            # The driver keeps the reference, so that an actor may start again.
-            fn_constructor_args=[functools.partial(ray.get, checkpoint_ref)],
             fn_constructor_kwargs={
+                # The driver keeps the reference, so that an actor may start again.
+                "read_checkpoint": functools.partial(ray.get, checkpoint_ref),
+                "ledger": ledger,
                 "tiling": job.tiling,
                 "batch_size": job.batch_size,
                 "device": placement.device,
                 "dtype": job.dtype,
                 "num_threads": placement.threads,
-                "beat": functools.partial(_beat, ledger),
             },
-            compute=ray.data.ActorPoolStrategy(size=placement.actors, max_tasks_in_flight_per_actor=2),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=placement.min_actors, max_size=placement.max_actors, max_tasks_in_flight_per_actor=2
+            ),
             num_cpus=placement.actor_cpus,
-            num_gpus=1 if placement.device == "cuda" else 0,
+            num_gpus=placement.actor_gpus,
             runtime_env={"env_vars": CPU_ENVIRONMENT} if placement.device == "cpu" else None,
         )
         .map_batches(_encode, **task, fn_kwargs={"classes": checkpoint.classes, "ledger": ledger})
@@ -334,10 +351,6 @@ def _watched(run: "_Run", index: "_Index", ledger: Any) -> Iterator[None]:
         yield
 
 
-def _beat(ledger: Any) -> None:
-    ledger.beat.remote()
-
-
 def _deadline(text: str, now: datetime) -> datetime:
     """The moment that is meant: the next time of day, or a date and time; local unless it says otherwise.
 
@@ -356,8 +369,26 @@ def _deadline(text: str, now: datetime) -> datetime:
     return moment
 
 
+def _bounds(actors: str | None) -> tuple[int, int] | None:
+    """The least and the most.
+
+    Raises:
+        SettingsError: it is no number and no range.
+    """
+    if actors is None:
+        return None
+    least, _, most = actors.partition(":")
+    if not least.isdecimal() or not (most or least).isdecimal() or not 1 <= int(least) <= int(most or least):
+        raise SettingsError(f"--actors {actors}: give a number from 1 on (4), or the least and the most (2:8)")
+    return int(least), int(most or least)
+
+
 def place(job: Label, nodes: Sequence[Mapping[str, Any]]) -> Placement:
-    """Decides how many models run and what they reserve, so that every stage finds a CPU.
+    """Decides how many models run, and what they and the other stages ask for, so that every stage finds a CPU.
+
+    Models with GPUs go where GPUs are. If there are workers without, the other stages keep to
+    nodes without, by the label `ray.io/accelerator-type` that Ray gives to nodes with GPUs; so
+    they never hold up a GPU, and nodes that come later are sorted likewise.
 
     Args:
         job: the settings.
@@ -366,17 +397,27 @@ def place(job: Label, nodes: Sequence[Mapping[str, Any]]) -> Placement:
     Raises:
         SettingsError: the cluster cannot hold it; the message has the numbers.
     """
-    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    alive = [node for node in nodes if node["Alive"]]
+    resources = [node["Resources"] for node in alive]
     cpus = [r["CPU"] for r in resources if r.get("CPU")]
     num_gpus = int(sum(r.get("GPU", 0) for r in resources))
+    bounds = _bounds(job.actors)
+    may_grow = bounds is not None and bounds[0] < bounds[1]
     if not cpus:
         raise SettingsError("the cluster has no CPUs; `ray status` shows its nodes")
+    task_labels: dict[str, str] = {}
     device: Literal["cpu", "cuda"] = "cuda" if job.device == "cuda" or (job.device == "auto" and num_gpus) else "cpu"
     if device == "cuda":
         threads = job.threads or 1
-        actors = job.actors or num_gpus
         actor_cpus: float = threads
         fitting = sum(int(min(r.get("GPU", 0), r.get("CPU", 0) // actor_cpus)) for r in resources)
+        least, most = bounds or (num_gpus, num_gpus)
+        # The head alone would be too little to feed everyone else.
+        if any(r.get("CPU") and not r.get("GPU") and _HEAD not in r for r in resources):
+            task_labels = _without_gpu(alive)
+            left = sum(r.get("CPU", 0) for r in resources if not r.get("GPU"))
+        else:
+            left = sum(cpus) - min(least, fitting) * actor_cpus
     else:
         if job.dtype == "float16":
             raise SettingsError(
@@ -385,18 +426,44 @@ def place(job: Label, nodes: Sequence[Mapping[str, Any]]) -> Placement:
         threads = job.threads or int(min(_THREADS, *cpus))
         # One of its threads' CPUs is lent to the tasks that feed it and write what it gives.
         actor_cpus = threads - 1 if threads > 1 else 0.5
-        actors = job.actors or int(sum(max(1, n // threads) for n in cpus))
         fitting = int(sum(n // actor_cpus for n in cpus))
-    left = sum(cpus) - actors * actor_cpus
+        least, most = bounds or 2 * (int(sum(max(1, n // threads) for n in cpus)),)
+        left = sum(cpus) - least * actor_cpus
     task_cpus = min(_TASK_CPUS, left / 4)
-    if actors > fitting or actors < 1 or task_cpus < _TASK_CPUS / 4:
+    # A range says that nodes come and go: what is not there yet is waited for.
+    if (least > fitting and not may_grow) or least < 1 or task_cpus < _TASK_CPUS / 4:
         each = f"{actor_cpus:g} CPU{' and 1 GPU' if device == 'cuda' else ''}"
         raise SettingsError(
-            f"{max(actors, 1)} × the model at {each} each, and {_TASK_CPUS:g} CPU for the other stages, "
+            f"{max(least, 1)} × the model at {each} each, and {_TASK_CPUS:g} CPU for the other stages, "
             f"do not fit the cluster's {sum(cpus):g} CPUs and {num_gpus} GPUs on {len(resources)} nodes, "
-            f"which hold {fitting} models; lower --actors or --threads, or take another --device"
+            f"which hold {fitting} models; lower --actors or --threads, take another --device, "
+            "or, where nodes are still to come, a range such as --actors 1:8"
         )
-    return Placement(device=device, actors=actors, threads=threads, actor_cpus=actor_cpus, task_cpus=task_cpus)
+    return Placement(
+        device=device,
+        min_actors=least,
+        max_actors=most,
+        threads=threads,
+        actor_cpus=actor_cpus,
+        actor_gpus=1 if device == "cuda" else 0,
+        task_cpus=task_cpus,
+        task_labels=task_labels,
+    )
+
+
+def _without_gpu(nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Labels that no node with a GPU has: neither those that are there nor those to come."""
+    from ray.util.accelerators import accelerators
+
+    kinds = {value for name, value in vars(accelerators).items() if isinstance(value, str) and not name.startswith("_")}
+    nameless = []
+    for node in nodes:
+        if node["Resources"].get("GPU"):
+            kind = node["Labels"].get(_ACCELERATOR)
+            kinds |= {kind} if kind else set()
+            nameless += [] if kind else [node["NodeID"]]
+    labels = {_ACCELERATOR: f"!in({','.join(sorted(kinds))})"}
+    return labels | ({"ray.io/node-id": f"!in({','.join(nameless)})"} if nameless else {})
 
 
 def _fetch(
@@ -411,7 +478,8 @@ def _fetch(
         return
     num_seen = num_present = 0
     fetched = fetch(entries, done=ray.get(done), column=column, alive=lambda: ledger.alive.remote(), whole=whole)
-    for number, (table, num_skipped) in enumerate(fetched):
+    for number, (table, num_skipped) in enumerate(metrics.staged("fetch", fetched)):
+        metrics.fetched(pc.sum(pc.binary_length(table["data"])).as_py() or 0)
         num_granted = ray.get(ledger.grant.remote(first, number, table.num_rows)) if table.num_rows else 0
         num_seen += num_granted + num_skipped
         num_present += num_skipped
@@ -424,6 +492,10 @@ def _fetch(
 
 
 def _decode(fetched: pa.Table, *, max_pixels: int) -> Iterator[pa.Table]:
+    return metrics.staged("decode", _decoded(fetched, max_pixels))
+
+
+def _decoded(fetched: pa.Table, max_pixels: int) -> Iterator[pa.Table]:
     """`data` becomes `pixels` (HWC uint8, empty in a reject), `height` and `width`.
 
     Yields a table whenever there are some 64 MiB of pixels, however small the files were.
@@ -462,14 +534,36 @@ def _binary(arrays: Sequence[np.ndarray]) -> pa.Array:
     return pa.Array.from_buffers(pa.large_binary(), len(arrays), [None, pa.py_buffer(offsets), pa.py_buffer(values)])
 
 
+class _Predictor:
+    """The actor: a `Predictor` that tells of itself."""
+
+    def __init__(self, *, read_checkpoint: Callable[[], bytes], ledger: Any, **settings: Any) -> None:
+        from segray.predict import Predictor
+
+        def beat(num_images: int) -> None:
+            ledger.beat.remote()
+            metrics.batch(num_images)
+
+        self._ledger = ledger
+        self._predictor = Predictor(read_checkpoint, beat=beat, **settings)
+        ledger.beat.remote()
+
+    def __call__(self, decoded: pa.Table) -> pa.Table:
+        with metrics.stage("predict"):
+            predicted = self._predictor(decoded)
+        self._ledger.predicted.remote(predicted.num_rows)
+        return predicted
+
+
 def _encode(predicted: pa.Table, *, classes: Classes, ledger: Any) -> pa.Table:
     """The raw `label_map` becomes a PNG."""
     dtype = dtype_for(len(classes))
     shapes = zip(predicted["height"].to_pylist(), predicted["width"].to_pylist(), strict=True)
-    pngs = [
-        encode_png(np.frombuffer(raw.as_buffer(), dtype).reshape(shape), classes.palette) if raw.is_valid else None
-        for raw, shape in zip(predicted["label_map"], shapes, strict=True)
-    ]
+    with metrics.stage("encode"):
+        pngs = [
+            encode_png(np.frombuffer(raw.as_buffer(), dtype).reshape(shape), classes.palette) if raw.is_valid else None
+            for raw, shape in zip(predicted["label_map"], shapes, strict=True)
+        ]
     ledger.encoded.remote(len(pngs), pngs.count(None))
     position = predicted.schema.get_field_index("label_map")
     return predicted.set_column(position, "label_map", pa.array(pngs, pa.large_binary()))
@@ -619,6 +713,7 @@ class _Run:
             "seconds": {"total": total_seconds, "start": first - began, "steady": last - first},
             "images_per_second": num_steady / (last - first) if last > first and num_steady else None,
             "throughput": self.samples,
+            "num_lost": max(0, state.num_predicted - totals.num_labelled - totals.rejects.total()),
             "counts": {
                 "seen": index.num_present + state.num_seen,
                 "labelled": totals.num_labelled,
@@ -733,7 +828,7 @@ def _time_sample(
             rows = np.unique(np.linspace(0, table.num_rows, job.sample, endpoint=False, dtype=int))
             some = table.take(pa.array(rows[: table.num_rows]))
             blocks += [ray.put(some.slice(row, size)) for row in range(0, some.num_rows, size)]
-        ledger = _start_ledger(ray, job.sample, None)
+        ledger = _start_ledger(ray, "sample", job.sample, None)
         chain = _chain(job, checkpoint, place(job, ray.nodes()), blocks, done, ledger, _forget)
         for _ in chain.iter_batches(batch_size=None):
             pass
@@ -749,12 +844,20 @@ def _forget(shard: str, members: list[str]) -> None:
 
 
 def _print_summary(job: Label, record: Mapping[str, Any]) -> None:
+    if is_json():
+        told = {
+            name: record[name] for name in ("status", "ended", "counts", "num_lost", "seconds", "images_per_second")
+        }
+        say(f"written to {job.sink}", **told)
+        return
     counts, seconds = record["counts"], record["seconds"]
     rows = [[name, f"{counts[name]:,}"] for name in ("seen", "labelled", "present", "rejected")]
     rows[2][0] = "already there"
     rows += [[f"  {r['stage']}: {r['kind']}", f"{r['num_images']:,}"] for r in record["rejects"]]
     if counts["other_files"]:
         rows.append(["other files, not images", f"{counts['other_files']:,}"])
+    if record["num_lost"]:
+        rows.append(["predicted, and lost before they were written", f"{record['num_lost']:,}"])
     ended = f" ({record['ended']})" if record["ended"] else ""
     print(f"run {record['run_id']} of recipe {record['recipe']}: {record['status']}{ended}")
     print_table(["images", ""], rows)

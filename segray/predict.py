@@ -67,7 +67,7 @@ class Predictor:
         device: str = "cpu",
         dtype: DType = "float32",
         num_threads: int | None = None,
-        beat: Callable[[], object] = lambda: None,
+        beat: Callable[[int], object] = lambda num_images: None,
     ) -> None:
         """Builds the model on its device.
 
@@ -79,7 +79,7 @@ class Predictor:
             device: torch's name of a device.
             dtype: what the forward pass computes in; logits are float32 from there on.
             num_threads: threads of the forward pass on a CPU. None: torch's default.
-            beat: is called when all is built and after each forward pass, as a sign of life.
+            beat: is called after each forward pass with the number of images, or tiles, in it.
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
@@ -102,7 +102,6 @@ class Predictor:
         self._mean = torch.tensor(self._preprocessing.mean, device=self._device).view(-1, 1, 1)
         self._std = torch.tensor(self._preprocessing.std, device=self._device).view(-1, 1, 1)
         self._beat = beat
-        beat()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Labels the decoded images of a batch; its other rows (rejects) pass through.
@@ -232,7 +231,7 @@ class Predictor:
         values = values.contiguous(memory_format=self._memory_format)
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
             logits = model.logits(self._module, values).float()
-        self._beat()
+        self._beat(len(values))
         if logits.shape[-2:] != values.shape[-2:]:
             logits = F.interpolate(logits, values.shape[-2:], mode="bilinear", align_corners=False)
         return logits[..., :height, :width]

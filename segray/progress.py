@@ -1,5 +1,7 @@
 """What a person sees of a run: counts while it goes on, tables when it ends."""
 
+import json
+import os
 import sys
 import threading
 import time
@@ -7,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +17,26 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from segray import metrics
 from segray.classes import Classes
 
 if TYPE_CHECKING:
     from segray.sink import Receipt
 
-__all__ = ["STALL_SECONDS", "START_SECONDS", "Fetched", "Ledger", "Snapshot", "Totals", "note", "print_table", "watch"]
+__all__ = [
+    "STALL_SECONDS",
+    "START_SECONDS",
+    "Fetched",
+    "Ledger",
+    "Snapshot",
+    "Totals",
+    "is_json",
+    "note",
+    "print_table",
+    "say",
+    "say_as",
+    "watch",
+]
 
 STALL_SECONDS = 300.0
 """How long a run may show no sign of life."""
@@ -31,6 +47,7 @@ START_SECONDS = 1800.0
 _LINE_SECONDS = 10
 _LOOK_SECONDS = 0.5
 _MAX_SAMPLES = 400
+_context: dict[str, str] = {}  # what each line of JSON says beside its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +70,8 @@ class Snapshot:
     """Images predicted or rejected, committed or not."""
     num_rejected: int
     """Rejects among them."""
+    num_predicted: int
+    """Images that went through a model, some of them twice."""
     num_seen: int
     """Images met in the blocks that are read."""
     num_present: int
@@ -76,16 +95,18 @@ class Snapshot:
 class Ledger:
     """An actor that tasks and the driver share. Whatever a retried task tells twice counts once.
 
-    `encoded` alone may count twice; it feeds the progress bar and nothing else.
+    `encoded` may count twice, and feeds the progress bar; `predicted` is there to count what was done twice.
     """
 
-    def __init__(self, max_images: int | None = None, deadline: float | None = None) -> None:
+    def __init__(self, run_id: str, max_images: int | None = None, deadline: float | None = None) -> None:
         """Starts empty.
 
         Args:
+            run_id: the run.
             max_images: how many may be read.
             deadline: when reading is to end, seconds since the epoch.
         """
+        self._run_id = run_id
         self._left = max_images
         self._deadline = deadline
         self._grants: dict[str, int] = {}
@@ -95,6 +116,7 @@ class Ledger:
         self._num_signs = 0
         self._fetched: dict[str, Fetched] = {}
         self._receipts: dict[str, Receipt] = {}
+        self._num_predicted = 0
         self._num_done = 0
         self._num_rejected = 0
         self._num_done_first = 0
@@ -125,6 +147,8 @@ class Ledger:
 
     def fetched(self, key: str, state: Fetched) -> None:
         """A block of the index, named by its first URI, has been read."""
+        if key not in self._fetched:
+            metrics.add_images("present", self._run_id, state.num_present)
         self._fetched[key] = state
 
     def _is_late(self) -> bool:
@@ -133,6 +157,10 @@ class Ledger:
     def beat(self) -> None:
         """A model is built, or at work."""
         self._num_beats += 1
+
+    def predicted(self, num_images: int) -> None:
+        """So many more images went through a model."""
+        self._num_predicted += num_images
 
     def alive(self) -> None:
         """A shard is being read, though nothing in it is new."""
@@ -152,6 +180,9 @@ class Ledger:
 
     def commit(self, receipt: "Receipt") -> None:
         """A part is in the sink."""
+        if receipt.key not in self._receipts:
+            metrics.add_images("labelled", self._run_id, receipt.num_labelled)
+            metrics.add_images("rejected", self._run_id, receipt.rejects.total())
         self._receipts[receipt.key] = receipt
 
     def receipts(self) -> "list[Receipt]":
@@ -164,6 +195,7 @@ class Ledger:
         return Snapshot(
             num_done=self._num_done,
             num_rejected=self._num_rejected,
+            num_predicted=self._num_predicted,
             num_seen=sum(state.num_seen for state in self._fetched.values()),
             num_present=sum(state.num_present for state in self._fetched.values()),
             num_in_shards=sum(state.num_seen for state in shards),
@@ -272,7 +304,12 @@ def watch(
             text = _describe(state, total)
             bar.update(task, completed=state.num_done, total=total, text=text)
             if not console.is_terminal and now >= next_line:
-                print(f"{state.num_done} of {total or '?'} images, {text}", file=sys.stderr, flush=True)
+                say(
+                    f"{state.num_done} of {total or '?'} images, {text}",
+                    num_done=state.num_done,
+                    num_images=total,
+                    num_rejected=state.num_rejected,
+                )
                 next_line += _LINE_SECONDS
             if now >= next_sample:
                 samples.append((round(now - started, 1), state.num_done))
@@ -313,9 +350,27 @@ def _describe(state: Snapshot, total: int | None) -> str:
     return f"{rate:.1f} images/s{left}, {rejects}"
 
 
+def is_json() -> bool:
+    """Whether lines are to be JSON: where SEGRAY_LOG is json."""
+    return os.environ.get("SEGRAY_LOG", "").lower() == "json"
+
+
+def say(text: str, **fields: Any) -> None:
+    """Writes a line on standard error: the text, or as JSON with the time, the run and these fields."""
+    if is_json():
+        time_ = datetime.now(UTC).isoformat(timespec="milliseconds")
+        text = json.dumps({"time": time_, **_context, "message": text, **fields})
+    print(text, file=sys.stderr, flush=True)
+
+
+def say_as(run_id: str) -> None:
+    """Lines of JSON name this run from here on."""
+    _context["run_id"] = run_id
+
+
 def note(text: str) -> None:
     """Says something beside the results."""
-    print(f"note: {text}", file=sys.stderr, flush=True)
+    say(text if is_json() else f"note: {text}")
 
 
 def print_table(columns: list[str], rows: list[list[str]]) -> None:

@@ -42,6 +42,7 @@ from jaxtyping import Float64, Int64
 from ray.data import Datasink
 from ray.data.block import Block
 
+from segray import metrics
 from segray.classes import Classes
 from segray.errors import SinkError
 from segray.retry import retrying
@@ -536,7 +537,7 @@ class PartSink(Datasink[None]):
         if not tables:  # Ray hands on empty blocks, whose columns it does not know
             return
         rows = pa.concat_tables(tables)
-        for receipt in self._sink.write(rows, self._classes, self._run_id):
+        for receipt in metrics.staged("write", self._sink.write(rows, self._classes, self._run_id)):
             ray.get(self._ledger.commit.remote(receipt))
 
 

@@ -364,7 +364,7 @@ def test_a_killed_actor_starts_again_with_its_weights_and_no_image_is_lost(
     def kill_first_predictor() -> None:
         while not done.wait(0.2):
             for process in psutil.process_iter(["cmdline"]):
-                if (process.info["cmdline"] or [""])[0].startswith("ray::MapWorker(MapBatches(Predictor)).submit"):
+                if (process.info["cmdline"] or [""])[0].startswith("ray::MapWorker(MapBatches(_Predictor)).submit"):
                     process.kill()
                     killed.append(process.pid)
                     return
@@ -372,7 +372,7 @@ def test_a_killed_actor_starts_again_with_its_weights_and_no_image_is_lost(
     killer = threading.Thread(target=kill_first_predictor)
     killer.start()
     try:
-        label(Label(source=str(folder), sink=str(tmp_path / "labels"), model=small_model, actors=1))
+        label(Label(source=str(folder), sink=str(tmp_path / "labels"), model=small_model, actors="1"))
     finally:
         done.set()
         killer.join()
@@ -540,7 +540,7 @@ def test_a_deadline_that_is_none_is_refused(text: str) -> None:
         ([{"CPU": 2}], {}, (1, 2, 1)),
         ([{"CPU": 16}], {}, (4, 4, 3)),
         ([{"CPU": 0}, {"CPU": 8}, {"CPU": 6}], {}, (3, 4, 3)),
-        ([{"CPU": 16}], {"actors": 2, "threads": 8}, (2, 8, 7)),
+        ([{"CPU": 16}], {"actors": "2", "threads": 8}, (2, 8, 7)),
         ([{"CPU": 16, "GPU": 4}, {"CPU": 8}], {}, (4, 1, 1)),
         ([{"CPU": 16, "GPU": 4}], {"device": "cpu"}, (4, 4, 3)),
     ],
@@ -549,8 +549,9 @@ def test_models_leave_room_for_the_other_stages(
     nodes: list[dict[str, float]], job: dict[str, Any], expected: tuple[int, int, float]
 ) -> None:
     placement = place(Label(source="a", sink="b", model="m", **job), alive(nodes))
-    assert (placement.actors, placement.threads, placement.actor_cpus) == expected
-    left = sum(node["CPU"] for node in nodes) - placement.actors * placement.actor_cpus
+    assert (placement.min_actors, placement.threads, placement.actor_cpus) == expected
+    assert placement.max_actors == placement.min_actors
+    left = sum(node["CPU"] for node in nodes) - placement.min_actors * placement.actor_cpus
     assert 0 < 4 * placement.task_cpus <= left
 
 
@@ -558,9 +559,9 @@ def test_models_leave_room_for_the_other_stages(
     ("nodes", "job", "numbers"),
     [
         ([{"CPU": 4}], {"device": "cuda"}, "4 CPUs and 0 GPUs"),
-        ([{"CPU": 4}], {"actors": 5}, "5 × the model at 3 CPU each"),
+        ([{"CPU": 4}], {"actors": "5"}, "5 × the model at 3 CPU each"),
         ([{"CPU": 2}], {"threads": 8}, "1 × the model at 7 CPU each"),
-        ([{"CPU": 4, "GPU": 1}], {"actors": 2}, "2 × the model at 1 CPU and 1 GPU each"),
+        ([{"CPU": 4, "GPU": 1}], {"actors": "2"}, "2 × the model at 1 CPU and 1 GPU each"),
         ([{"CPU": 1, "GPU": 1}], {}, "1 CPUs and 1 GPUs on 1 nodes"),
         ([], {}, "no CPUs"),
     ],
@@ -574,14 +575,44 @@ def test_what_does_not_fit_the_cluster_is_refused_with_the_numbers(
 
 def alive(nodes: list[dict[str, float]]) -> list[dict[str, Any]]:
     dead = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
-    return [dead, *({"Alive": True, "Resources": {k: v for k, v in node.items() if v}} for node in nodes)]
+    return [
+        dead,
+        *(
+            {"Alive": True, "NodeID": f"{number:x}", "Labels": {}, "Resources": {k: v for k, v in node.items() if v}}
+            for number, node in enumerate(nodes, 10)
+        ),
+    ]
+
+
+def test_with_workers_without_gpus_the_other_stages_keep_away_from_gpus_there_and_to_come() -> None:
+    head = {"CPU": 2.0, "node:__internal_head__": 1.0}
+    nodes = alive([head, {"CPU": 8}, {"CPU": 4, "GPU": 1}, {"CPU": 4, "GPU": 1}, {"CPU": 4, "GPU": 1}])
+    for node, kind in zip(nodes[-2:], ("L4", "A-NEW-KIND"), strict=True):
+        node["Labels"]["ray.io/accelerator-type"] = kind
+    job = Label(source="a", sink="b", model="m")
+    labels = place(job, nodes).task_labels
+    kinds = re.findall(r"[\w-]+", labels["ray.io/accelerator-type"].removeprefix("!in"))
+    assert {"L4", "A-NEW-KIND", "H100"} <= set(kinds)
+    assert labels["ray.io/node-id"] == "!in(c)"
+    # All that could decode is the head: nodes with GPUs then do it too.
+    assert place(job, [nodes[1], nodes[3]]).task_labels == {}
+    assert place(dataclasses.replace(job, device="cpu"), nodes).task_labels == {}
+
+
+def test_a_range_of_actors_may_wait_for_nodes_to_come() -> None:
+    nodes = alive([{"CPU": 8}])
+    placement = place(Label(source="a", sink="b", model="m", device="cuda", actors="1:8"), nodes)
+    assert (placement.min_actors, placement.max_actors, placement.actor_gpus) == (1, 8, 1)
+    assert "H100" in placement.task_labels["ray.io/accelerator-type"]
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
-        ({"actors": -1}, "--actors -1"),
+        ({"actors": "-1"}, "--actors -1"),
+        ({"actors": "8:2"}, "--actors 8:2"),
+        ({"actors": "many"}, "--actors many"),
         ({"max_rejects": 1.5}, "--max-rejects 1.5"),
         ({"dtype": "float16", "device": "cpu"}, "bfloat16"),
         ({"hourly_cost": 3.0}, "give --dry-run"),

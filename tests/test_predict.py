@@ -519,9 +519,8 @@ def test_a_gpu_gives_the_label_maps_of_the_cpu(
             assert given_.num_pixels.sum() == given_.label_map.size
 
 
-def test_a_predictor_gives_a_sign_when_it_is_built_and_after_each_forward_pass() -> None:
+def test_a_predictor_tells_the_size_of_each_forward_pass() -> None:
     signs: list[int] = []
-    predictor = Predictor(random_checkpoint("unet_resnet18").to_bytes, batch_size=2, beat=lambda: signs.append(1))
-    assert len(signs) == 1
-    predictor.predict([np.zeros((32, 32, 3), np.uint8)] * 4)
-    assert len(signs) == 3
+    predictor = Predictor(random_checkpoint("unet_resnet18").to_bytes, batch_size=2, beat=signs.append)
+    predictor.predict([np.zeros((32, 32, 3), np.uint8)] * 5)
+    assert signs == [2, 2, 2]

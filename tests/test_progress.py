@@ -14,7 +14,7 @@ from segray.progress import Fetched, Ledger, Snapshot, watch
 
 
 def test_without_a_bound_everything_is_granted() -> None:
-    ledger = Ledger()
+    ledger = Ledger("run")
     assert ledger.begin("a")
     assert [ledger.grant("a", number, 64) for number in range(3)] == [64, 64, 64]
     assert not ledger.snapshot().is_bounded
@@ -22,7 +22,7 @@ def test_without_a_bound_everything_is_granted() -> None:
 
 @given(bound=st.integers(1, 50), sizes=st.lists(st.integers(1, 10), max_size=20))
 def test_no_more_than_the_bound_is_granted_however_often_a_task_is_tried(bound: int, sizes: list[int]) -> None:
-    ledger = Ledger(max_images=bound)
+    ledger = Ledger("run", max_images=bound)
     granted = [ledger.grant("a", number, size) for number, size in enumerate(sizes)]
     assert sum(granted) == min(bound, sum(sizes))
     assert [ledger.grant("a", number, size) for number, size in enumerate(sizes)] == granted
@@ -32,20 +32,20 @@ def test_no_more_than_the_bound_is_granted_however_often_a_task_is_tried(bound: 
 
 
 def test_a_table_that_is_shorter_the_second_time_is_granted_no_more_than_it_has() -> None:
-    ledger = Ledger(max_images=50)
+    ledger = Ledger("run", max_images=50)
     assert ledger.grant("a", 0, 40) == 40
     assert ledger.grant("a", 0, 30) == 30
 
 
 def test_without_a_bound_a_second_try_may_find_more_than_the_first() -> None:
-    ledger = Ledger()
+    ledger = Ledger("run")
     assert ledger.grant("a", 0, 11) == 11
     assert ledger.grant("a", 0, 64) == 64
     assert not ledger.snapshot().is_bounded
 
 
 def test_after_the_deadline_nothing_more_is_read() -> None:
-    ledger = Ledger(deadline=time.time() + 0.2)
+    ledger = Ledger("run", deadline=time.time() + 0.2)
     assert ledger.begin("a")
     assert ledger.grant("a", 0, 5) == 5
     time.sleep(0.3)
@@ -56,7 +56,7 @@ def test_after_the_deadline_nothing_more_is_read() -> None:
 
 
 def test_what_is_begun_and_not_read_to_its_end_is_named() -> None:
-    ledger = Ledger()
+    ledger = Ledger("run")
     for key in "cab":
         ledger.begin(key)
     ledger.fetched("a", Fetched(num_seen=3, num_present=0, is_shard=False))
@@ -73,7 +73,7 @@ SIGNS: dict[str, Callable[[Ledger], object]] = {
 
 @pytest.mark.parametrize("sign", SIGNS)
 def test_whatever_goes_on_is_a_sign_of_life_once_a_model_is_at_work(sign: str) -> None:
-    ledger = Ledger()
+    ledger = Ledger("run")
     assert ledger.snapshot().num_signs == 0, "nodes may take long to come"
     ledger.beat()
     before = ledger.snapshot().num_signs
@@ -85,7 +85,7 @@ def test_whatever_goes_on_is_a_sign_of_life_once_a_model_is_at_work(sign: str) -
 def test_a_stall_is_noticed_and_a_run_that_goes_on_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_LOOK_SECONDS", 0.05)
     monkeypatch.setattr(progress, "STALL_SECONDS", 0.5)
-    ledger, stalled = Ledger(), threading.Event()
+    ledger, stalled = Ledger("run"), threading.Event()
     with watch(ledger.snapshot, 10, 0, time.time(), [], lambda had_begun: stalled.set() if had_begun else None):
         assert not stalled.wait(0.8), "no model is at work yet"
         for _ in range(10):
@@ -104,7 +104,7 @@ def test_a_run_whose_models_never_come_is_told_from_one_that_stalls(monkeypatch:
         told.append(had_begun)
         stalled.set()
 
-    with watch(Ledger().snapshot, 10, 0, time.time(), [], tell):
+    with watch(Ledger("run").snapshot, 10, 0, time.time(), [], tell):
         assert stalled.wait(5)
     assert told == [False]
 
@@ -113,7 +113,7 @@ def test_a_ledger_that_does_not_answer_for_a_while_ends_neither_the_watch_nor_th
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(progress, "_LOOK_SECONDS", 0.05)
-    ledger, stalled, asked = Ledger(), threading.Event(), Counter[str]()
+    ledger, stalled, asked = Ledger("run"), threading.Event(), Counter[str]()
     ledger.beat()
 
     def snapshot() -> Snapshot:

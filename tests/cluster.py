@@ -1,0 +1,152 @@
+"""A Ray cluster of several nodes on this machine, made with `ray start` as on many, its tokens checked."""
+
+import contextlib
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+START_SECONDS = 120
+OBJECT_STORE_BYTES = 256 * 2**20
+BIN = Path(sys.executable).parent
+
+
+@dataclass
+class Cluster:
+    """Nodes, each a `ray start --block` with all that it started."""
+
+    folder: str
+    """Where Ray keeps its session; short, as sockets lie in it."""
+    environment: dict[str, str]
+    """That of the nodes, and of whoever submits a job to them."""
+    gcs: str
+    """Where nodes find the head."""
+    dashboard: str
+    """Where jobs are submitted."""
+    nodes: list[psutil.Popen] = field(default_factory=list)
+    """The head, then the workers."""
+
+    def add(
+        self,
+        *options: str,
+        num_cpus: int,
+        num_gpus: int = 0,
+        labels: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> psutil.Popen:
+        """Starts a node and waits until it runs: those that start at once get in each other's way.
+
+        Args:
+            options: more of `ray start`'s.
+            num_cpus: logical ones.
+            num_gpus: likewise.
+            labels: of the node.
+            prefix: what runs the command elsewhere, such as in a network namespace.
+        """
+        shown = ",".join(f"{name}={value}" for name, value in (labels or {}).items())
+        command = [
+            *(*prefix, f"{BIN}/ray", "start", "--block", f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}"),
+            *(f"--object-store-memory={OBJECT_STORE_BYTES}", f"--dashboard-agent-listen-port={free_port()}"),
+            *((f"--labels={shown}",) if shown else ()),
+            *(options or (f"--address={self.gcs}", "--node-ip-address=127.0.0.1")),
+        ]
+        path = Path(f"{self.folder}/{time.time_ns()}.log")
+        with path.open("w") as log:
+            # A session of its own: Ctrl-C at a terminal is for the tests.
+            node = psutil.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+        self.nodes.append(node)
+        deadline = time.monotonic() + START_SECONDS
+        while "Ray runtime started" not in path.read_text():
+            if node.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the node does not start: {path.read_text()}")
+            time.sleep(0.2)
+        return node
+
+    def kill(self, node: psutil.Popen) -> None:
+        """Ends a node with all that runs on it, without a word, as a machine that is taken away."""
+        for process in [*_family(node), node]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        node.wait()
+        self.nodes.remove(node)
+
+    def ray(self, *arguments: str, seconds: float = 600) -> subprocess.CompletedProcess[str]:
+        """What `ray` says to these arguments, as a person types them at a shell."""
+        return subprocess.run(
+            [f"{BIN}/ray", *arguments],
+            cwd=Path(__file__).parents[1],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+
+
+@contextlib.contextmanager
+def cluster(folder: str, environment: Mapping[str, str] | None = None, host: str = "127.0.0.1") -> Iterator[Cluster]:
+    """An empty cluster; its nodes end with it.
+
+    Args:
+        folder: an empty one.
+        environment: what else its nodes are told.
+        host: the head's address.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    gcs, dashboard = (f"{host}:{free_port()}" for _ in range(2))
+    made = Cluster(
+        folder=folder,
+        environment={
+            **kept,
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_API_SERVER_ADDRESS": f"http://{dashboard}",
+            "RAY_idle_worker_killing_time_threshold_ms": "60000",
+            # A node that is lost is given up within seconds, and what is counted is told as soon.
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_timeout_ms": "2000",
+            "RAY_health_check_failure_threshold": "3",
+            "RAY_metrics_report_interval_ms": "2000",
+            **(environment or {}),
+        },
+        gcs=gcs,
+        dashboard=f"http://{dashboard}",
+    )
+    try:
+        yield made
+    finally:
+        for node in reversed(list(made.nodes)):
+            made.kill(node)
+
+
+def head_options(made: Cluster) -> tuple[str, ...]:
+    """What makes a node the head."""
+    host, gcs_port = made.gcs.split(":")
+    return (
+        *("--head", f"--node-ip-address={host}", f"--port={gcs_port}", f"--temp-dir={made.folder}"),
+        *(f"--dashboard-host={host}", f"--dashboard-port={made.dashboard.rpartition(':')[2]}"),
+        f"--ray-client-server-port={free_port()}",
+    )
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def _family(node: psutil.Popen) -> list[psutil.Popen]:
+    try:
+        return list(node.children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []

@@ -1,0 +1,286 @@
+"""The jobs on a cluster of several nodes, submitted as a person does; the cluster asks for a token."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import tempfile
+import time
+import urllib.request
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from segray.demo import Draw, draw
+from segray.source import filesystem
+from tests.chaos import write_source
+from tests.cluster import BIN, Cluster, cluster, head_options
+from tests.conftest import S3
+
+ROOT = Path(__file__).parents[1]
+NUM_PHOTOS = 1200
+NUM_SCENES = 24
+L4 = {"ray.io/accelerator-type": "L4"}
+
+
+@pytest.fixture(scope="module")
+def nodes(s3: S3) -> Iterator[Cluster]:
+    """A head without CPUs and two workers, which know of the S3 server only what a job tells them."""
+    fs, _ = filesystem("s3://segray")
+    write_source("s3://segray/photos", NUM_PHOTOS)
+    draw(Draw(sink="s3://segray/drawn", num_scenes=NUM_SCENES, first_seed=3_000_000))
+    for scene in fs.ls("segray/drawn/images", detail=False):
+        fs.copy(scene, scene.replace("drawn/images", "photos"))
+    draw(Draw(sink="s3://segray/shards", num_scenes=48, first_seed=0, format="tar", shard_scenes=24))
+    fs.put("segray/demo.safetensors", "segray/demo.safetensors")
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:  # the paths of sockets are short
+        without = {name: "" for name in os.environ if name.startswith("AWS_")}
+        with cluster(folder, without) as made:
+            made.add(*head_options(made), num_cpus=0)
+            made.add(num_cpus=2)
+            made.add(num_cpus=2)
+            yield made
+
+
+@pytest.fixture(scope="module")
+def runtime_env(tmp_path_factory: pytest.TempPathFactory, s3: S3) -> str:
+    """The file of the project with lines changed as its reader would change them."""
+    settings = yaml.safe_load((ROOT / "cluster/runtime_env.yaml").read_text())
+    settings["excludes"].remove("tests/")  # a driver of ours is in it
+    settings["env_vars"] |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    path = tmp_path_factory.mktemp("runtime_env") / "runtime_env.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def submitted(job: str) -> list[str]:
+    """How a job's docstring says that it is submitted, with URIs that are there."""
+    text = (ROOT / f"jobs/{job}.py").read_text().replace("\\\n", " ")
+    [command] = re.findall(r"^ *(ray job submit .*)$", text, re.MULTILINE)
+    return [
+        re.sub("^s3://bucket", "s3://segray", word)
+        .replace("deeplabv3_resnet50", "s3://segray/demo.safetensors")
+        .replace("30", "1")
+        for word in shlex.split(command)
+    ]
+
+
+def submit(made: Cluster, runtime_env: str, job: str, *more: str) -> subprocess.CompletedProcess[str]:
+    ray, *arguments = submitted(job)
+    assert (ray, arguments[:2]) == ("ray", ["job", "submit"])
+    return made.ray("job", "submit", f"--runtime-env={runtime_env}", *arguments[2:], *more)
+
+
+def record(sink: str) -> dict[str, Any]:
+    """That of the newest run."""
+    fs, path = filesystem(sink)
+    newest: dict[str, Any] = json.loads(fs.cat_file(max(fs.ls(f"{path}/runs", detail=False))))
+    return newest
+
+
+def wait_for_parts(sink: str, job: subprocess.Popen[str], least: int = 1) -> None:
+    fs, path = filesystem(sink)
+    deadline = time.monotonic() + 300
+    while len(fs.glob(f"{path}/label_maps/*/*.parquet")) < least:
+        assert job.poll() is None, job.communicate()
+        assert time.monotonic() < deadline, "nothing is committed"
+        time.sleep(0.2)
+
+
+def popen(made: Cluster, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [f"{BIN}/ray", *arguments],
+        cwd=ROOT,
+        env=made.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@dataclass
+class Labelled:
+    """A run in which a node was killed."""
+
+    output: str
+    metrics: str
+    """What the nodes' endpoints gave while it ran and soon after."""
+
+
+def scrape(made: Cluster) -> str:
+    """What Prometheus would find, at the targets that Ray lists for it."""
+    listed = json.loads(Path(f"{made.folder}/prom_metrics_service_discovery.json").read_text())
+    texts = []
+    for target in (target for entry in listed for target in entry["targets"]):
+        with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+            texts.append(answer.read().decode())
+    return "\n".join(texts)
+
+
+@pytest.fixture(scope="module")
+def labelled(nodes: Cluster, runtime_env: str) -> Labelled:
+    _, *arguments = submitted("label")
+    job = popen(nodes, *arguments[:2], f"--runtime-env={runtime_env}", *arguments[2:])
+    wait_for_parts("s3://segray/labels", job)
+    nodes.kill(nodes.nodes[-1])
+    nodes.add(num_cpus=2)
+    output, _ = job.communicate(timeout=600)
+    assert job.returncode == 0, output
+    time.sleep(6)  # by then every node has reported
+    return Labelled(output, scrape(nodes))
+
+
+def test_a_run_on_which_a_node_is_killed_labels_each_image_once(
+    nodes: Cluster, runtime_env: str, labelled: Labelled
+) -> None:
+    assert re.search(r"\d+ of \S+ images, ", labelled.output), "no progress in the job's log"
+    counts = record("s3://segray/labels")["counts"]
+    assert counts["seen"] == counts["labelled"] == NUM_PHOTOS + NUM_SCENES
+    verified = submit(nodes, runtime_env, "verify")
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+
+
+@pytest.mark.parametrize("job", ["evaluate", "report", "compact"])
+def test_what_reads_a_store_is_submitted_as_its_docstring_says(
+    nodes: Cluster, runtime_env: str, labelled: Labelled, job: str
+) -> None:
+    fs, _ = filesystem("s3://segray")
+    if job == "evaluate":
+        fs.copy("segray/drawn/targets", "segray/targets", recursive=True)
+    done = submit(nodes, runtime_env, job)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if job == "report":
+        assert b"<html" in fs.cat_file("segray/report.html")
+    if job == "evaluate":
+        miou = re.search(r"mIoU (0\.\d+)", done.stdout)
+        assert miou, done.stdout
+        assert float(miou[1]) > 0.8
+        assert f"on {NUM_SCENES} images" in done.stdout
+
+
+def test_a_model_is_trained_where_the_cluster_has_a_place_for_it(nodes: Cluster, runtime_env: str) -> None:
+    done = submit(nodes, runtime_env, "train", "--model", "unet_tu-mobilenetv3_small_050", "--crop", "96")
+    assert done.returncode == 0, done.stdout + done.stderr
+    fs, _ = filesystem("s3://segray")
+    assert fs.info("segray/model/checkpoint.safetensors")["size"] > 2**20
+
+
+def test_a_job_that_is_refused_fails_at_the_command_line_too_and_says_why(nodes: Cluster, runtime_env: str) -> None:
+    done = submit(nodes, runtime_env, "label", "--batch-size", "0")
+    assert done.returncode == 1
+    assert "--batch-size 0: must be at least 1" in done.stdout + done.stderr
+    assert "exit code 2" in done.stdout + done.stderr
+
+
+def test_without_the_token_nothing_is_submitted(nodes: Cluster) -> None:
+    stranger = {**nodes.environment, "RAY_AUTH_TOKEN": "0" * 64}
+    done = subprocess.run(
+        [f"{BIN}/ray", "job", "submit", "--", "true"], env=stranger, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode
+    assert "oken" in done.stdout + done.stderr
+
+
+def test_ray_job_stop_ends_a_run_cleanly_and_the_same_command_goes_on(nodes: Cluster, runtime_env: str) -> None:
+    sink, log_as_json = "s3://segray/stopped", f"{runtime_env}.json.yaml"
+    settings = yaml.safe_load(Path(runtime_env).read_text())
+    settings["env_vars"]["SEGRAY_LOG"] = "json"
+    Path(log_as_json).write_text(yaml.safe_dump(settings))
+    words = ["s3://segray/stopped" if word == "s3://segray/labels" else word for word in submitted("label")]
+    first = ["--submission-id=first", f"--runtime-env={log_as_json}", *words[3:]]
+    job = popen(nodes, "job", "submit", *first)
+    wait_for_parts(sink, job)
+    stopped = nodes.ray("job", "stop", "first")
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    output, _ = job.communicate(timeout=120)
+    before = record(sink)
+    assert before["status"] == "interrupted"
+    assert 0 < before["counts"]["labelled"] < NUM_PHOTOS
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith('{"time"')]
+    assert lines[-1]["message"] == "segray: stopped"
+    assert {line["run_id"] for line in lines} == {before["run_id"]}
+    [told] = [line for line in lines if "counts" in line]
+    assert told["counts"] == before["counts"]
+
+    again = nodes.ray("job", "submit", f"--runtime-env={runtime_env}", *words[3:])
+    assert again.returncode == 0, again.stdout + again.stderr
+    counts = record(sink)["counts"]
+    assert counts["present"] >= before["counts"]["labelled"]
+    assert counts["present"] + counts["labelled"] == NUM_PHOTOS + NUM_SCENES
+
+
+def test_the_endpoint_has_every_metric_that_the_dashboard_names(labelled: Labelled) -> None:
+    dashboard = json.loads((ROOT / "cluster/grafana-dashboard.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    named = {name for expression in expressions for name in re.findall(r"\bray_\w+", expression)}
+    assert len(named) > 5
+    labels = defaultdict(set)
+    for name, pairs in re.findall(r"^(ray_\w+)\{(.*)\}", labelled.metrics, re.MULTILINE):
+        labels[name].update(re.findall(r'(\w+)="', pairs))
+    assert not named - labels.keys()
+    for expression in expressions:
+        for name, selector in re.findall(r"(ray_\w+)\{([^}]*)\}", expression):
+            by = re.findall(r"\bby \(([\w, ]*)\)", expression)
+            wanted = {*re.findall(r"(\w+)=", selector), *(word for some in by for word in some.split(", "))}
+            assert not wanted - labels[name], f"{name} has no such label"
+    total: dict[str, float] = defaultdict(float)
+    for outcome, value in re.findall(r'^ray_segray_images_total\{.*outcome="(\w+)".* (\S+)$', labelled.metrics, re.M):
+        total[outcome] += float(value)
+    assert total["labelled"] == NUM_PHOTOS + NUM_SCENES
+
+
+def listed(made: Cluster, what: str, *filters: str) -> list[dict[str, Any]]:
+    """What Ray's state API tells."""
+    options = [f"--filter={condition}" for condition in filters]
+    told = made.ray("list", what, "--detail", "--format=json", "--limit=10000", *options)
+    assert told.returncode == 0, told.stderr
+    rows: list[dict[str, Any]] = json.loads(told.stdout if told.stdout.startswith("[") else "[]")
+    return rows
+
+
+def test_models_are_where_gpus_are_and_all_else_is_not_and_a_lost_gpu_costs_what_was_in_flight(
+    nodes: Cluster, runtime_env: str
+) -> None:
+    gpus = [nodes.add(num_cpus=1, num_gpus=1, labels=L4), nodes.add(num_cpus=1, num_gpus=1)]
+    with_gpu = {n["node_id"] for n in listed(nodes, "nodes", "state=ALIVE") if n["resources_total"].get("GPU")}
+    assert len(with_gpu) == 2
+    sink = "s3://segray/gpus"
+    job = popen(
+        nodes,
+        *("job", "submit", f"--runtime-env={runtime_env}", "--working-dir", ".", "--"),
+        *("python", "tests/logical_gpus.py", "s3://segray/photos", sink, "--model", "s3://segray/demo.safetensors"),
+        *("--actors", "1:2", "--tiling.size", "32", "--tiling.overlap", "16"),  # much for a model to do
+    )
+    running: list[dict[str, Any]] = []
+    deadline = time.monotonic() + 300
+    while len(running) < 2:  # it began with one
+        assert job.poll() is None, job.communicate()
+        assert time.monotonic() < deadline
+        alive = listed(nodes, "actors", "state=ALIVE")
+        running = [actor for actor in alive if "_Predictor" in actor["class_name"]]
+    assert {actor["node_id"] for actor in running} == with_gpu
+    wait_for_parts(sink, job)
+    nodes.kill(gpus[1])
+    output, _ = job.communicate(timeout=600)
+    assert job.returncode == 0, output
+
+    told = record(sink)
+    assert told["counts"]["seen"] == told["counts"]["labelled"] == NUM_PHOTOS + NUM_SCENES
+    assert told["placement"]["actor_gpus"] == 1
+    assert told["num_lost"] < NUM_PHOTOS / 4
+    ran_on = defaultdict(set)
+    for task in listed(nodes, "tasks", f"job_id={running[0]['job_id']}"):
+        if task["node_id"] and task["type"] in ("NORMAL_TASK", "ACTOR_TASK"):
+            ran_on[task["name"]].add(task["node_id"])
+    predicting = {name for name in ran_on if "_Predictor" in name}
+    other = {name for name in ran_on if re.search("_fetch|_decode|_encode|Write", name)}  # and not what is Ray's own
+    assert set().union(*(ran_on[name] for name in predicting)) == with_gpu
+    assert len(other) >= 3
+    assert not set().union(*(ran_on[name] for name in other)) & with_gpu
+    nodes.kill(gpus[0])
