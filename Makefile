@@ -5,7 +5,7 @@ DEMO := build/demo
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test test-slow chaos soak lint benchmark clean
+.PHONY: install demo test test-slow chaos soak netns lint benchmark clean
 
 install: $(BIN)/.installed
 
@@ -36,6 +36,10 @@ chaos: install
 # A million small images through the whole job; memory and images per second.
 soak: install
 	python -m tests.soak
+
+# Several hosts, which are network namespaces, and two of them cut off while jobs run; root only.
+netns: install
+	python -m tests.netns
 
 lint: install
 	ruff check

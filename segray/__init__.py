@@ -24,6 +24,7 @@ The modules, in the order in which data meets them:
     demo        drawn scenes with exact targets
     lock        one writer at a time
     retry       faults that pass
+    metrics     what Prometheus is told
     errors      what can go wrong
     cli         the command line
 """

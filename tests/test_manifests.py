@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jsonschema  # type: ignore[import-untyped]
-import kubernetes_validate  # type: ignore[import-untyped]
+import jsonschema
+import kubernetes_validate
 import pytest
 import ray.autoscaler
 import tyro
-import yaml  # type: ignore[import-untyped]
+import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.util.accelerators import accelerators
@@ -292,7 +292,7 @@ def test_training_runs_on_the_same_cluster_without_its_gpus() -> None:
 def test_a_night_is_the_labelling_job_but_for_what_a_night_needs() -> None:
     job, night = one("RayJob", "rayjob-label")["spec"], one("RayJob", "nightly")["spec"]
     assert night == job | {
-        "entrypoint": f"{job['entrypoint']} --deadline 06:00 --wait 300",
+        "entrypoint": f"{job['entrypoint']} --deadline 06:00",
         "backoffLimit": 0,
         "activeDeadlineSeconds": 9 * 3600,
     }
