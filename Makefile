@@ -23,7 +23,7 @@ demo: install
 	python jobs/report.py $(DEMO)/labels
 
 test: lint
-	pytest --numprocesses 2 --dist worksteal
+	pytest --numprocesses 2 --dist loadfile
 
 # The long forms: CamVid at full size, soak runs.
 test-slow: install

@@ -172,6 +172,8 @@ class Placement:
     """CPUs that a task of the other stages reserves."""
     task_labels: dict[str, str]
     """What the labels of a node must be that runs such a task, in Ray's syntax."""
+    max_cpus: float | None
+    """CPUs that all tasks together may reserve; None: those of the cluster, as it grows."""
 
 
 def label(job: Label) -> None:
@@ -215,7 +217,7 @@ def label(job: Label) -> None:
         lost=functools.partial(run.end, "the sink's lock was lost to another run, or could not be renewed"),
     )
     with lock, session() as ray:
-        placement = place(job, ray.nodes())
+        placement = place(job, _nodes(ray, job))
         parts = sink.parts()  # before what is done: what a dying run commits in between is then seen at the end
         done = sink.done(with_rejects=not job.retry_rejects)
         index = _index(source, sink, done)
@@ -226,7 +228,7 @@ def label(job: Label) -> None:
         try:
             if index.blocks and not run.ended:
                 labelled = _chain(job, checkpoint, placement, index.blocks, done, ledger, sink.write_shard)
-                with run.in_pipeline(), _watched(run, index, ledger):
+                with run.in_pipeline(), _watched(run, index, placement, ledger):
                     labelled.write_datasink(
                         PartSink(sink, checkpoint.classes, run.run_id, ledger, index.num_images),
                         # Less than the task before it, or Ray would fuse the two and keep a
@@ -290,9 +292,12 @@ def _chain(
 ) -> Any:
     """From the index to rows with the schema `sink.LABELLED`, as a dataset of Ray that nobody has asked for yet."""
     import ray
+    from ray.data import ExecutionResources
 
     from segray.predict import CPU_ENVIRONMENT
 
+    limits = ExecutionResources.for_limits(cpu=placement.max_cpus)
+    ray.data.DataContext.get_current().execution_options.resource_limits = limits
     done_ref, checkpoint_ref = ray.put(done), ray.put(checkpoint.to_bytes())
     where = {"num_cpus": placement.task_cpus, "label_selector": placement.task_labels}
     task: dict[str, Any] = {"batch_format": "pyarrow", **where}
@@ -328,7 +333,7 @@ def _chain(
 
 
 @contextlib.contextmanager
-def _watched(run: "_Run", index: "_Index", ledger: Any) -> Iterator[None]:
+def _watched(run: "_Run", index: "_Index", placement: Placement, ledger: Any) -> Iterator[None]:
     """Shows how the pipeline goes, and ends the run when it stalls."""
     import ray
 
@@ -336,18 +341,25 @@ def _watched(run: "_Run", index: "_Index", ledger: Any) -> Iterator[None]:
         state: Snapshot = ray.get(ledger.snapshot.remote(), timeout=_LEDGER_SECONDS)
         return state
 
-    def stalled(had_begun: bool) -> None:
+    def lacks_nodes() -> bool:
+        alive = []
+        with contextlib.suppress(Exception):  # the cluster is part of what hangs
+            alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        wanted = [("CPU", placement.task_cpus), ("GPU", placement.actor_gpus)]
+        return bool(alive) and not all(any(r.get(name, 0) >= least for r in alive) for name, least in wanted)
+
+    def stalled(had_begun: bool, seconds: float) -> None:
         if not had_begun:
-            run.end(f"no model was built for {progress.START_SECONDS:.0f} s; `ray status` shows what the cluster lacks")
+            run.end(f"no model was built for {seconds:.0f} s; `ray status` shows what the cluster lacks")
             return
         unread: list[str] = []
         with contextlib.suppress(Exception):  # the ledger is part of what hangs
             unread = ray.get(ledger.unread.remote(), timeout=_LEDGER_SECONDS)
         some = f"; begun and not read to the end: {', '.join(unread[:_MAX_NAMED])}" if unread else ""
         more = f" and {len(unread) - _MAX_NAMED} more" if len(unread) > _MAX_NAMED else ""
-        run.end(f"nothing went on for {progress.STALL_SECONDS:.0f} s{some}{more}")
+        run.end(f"nothing went on for {seconds:.0f} s{some}{more}")
 
-    with watch(snapshot, index.num_loose, index.num_shards, run.started.timestamp(), run.samples, stalled):
+    with watch(snapshot, index.num_loose, index.num_shards, run.started.timestamp(), run.samples, lacks_nodes, stalled):
         yield
 
 
@@ -377,10 +389,11 @@ def _bounds(actors: str | None) -> tuple[int, int] | None:
     """
     if actors is None:
         return None
-    least, _, most = actors.partition(":")
-    if not least.isdecimal() or not (most or least).isdecimal() or not 1 <= int(least) <= int(most or least):
+    least, colon, most = actors.partition(":")
+    most = most if colon else least
+    if not least.isdecimal() or not most.isdecimal() or not 1 <= int(least) <= int(most):
         raise SettingsError(f"--actors {actors}: give a number from 1 on (4), or the least and the most (2:8)")
-    return int(least), int(most or least)
+    return int(least), int(most)
 
 
 def place(job: Label, nodes: Sequence[Mapping[str, Any]]) -> Placement:
@@ -388,7 +401,8 @@ def place(job: Label, nodes: Sequence[Mapping[str, Any]]) -> Placement:
 
     Models with GPUs go where GPUs are. If there are workers without, the other stages keep to
     nodes without, by the label `ray.io/accelerator-type` that Ray gives to nodes with GPUs; so
-    they never hold up a GPU, and nodes that come later are sorted likewise.
+    they never hold up a GPU, and nodes that come later are sorted likewise. Of the CPUs beside
+    GPUs nothing is asked then, and Ray Data, which knows no labels, is not to count on them.
 
     Args:
         job: the settings.
@@ -406,17 +420,21 @@ def place(job: Label, nodes: Sequence[Mapping[str, Any]]) -> Placement:
     if not cpus:
         raise SettingsError("the cluster has no CPUs; `ray status` shows its nodes")
     task_labels: dict[str, str] = {}
+    max_cpus: float | None = None
     device: Literal["cpu", "cuda"] = "cuda" if job.device == "cuda" or (job.device == "auto" and num_gpus) else "cpu"
     if device == "cuda":
         threads = job.threads or 1
-        actor_cpus: float = threads
-        fitting = sum(int(min(r.get("GPU", 0), r.get("CPU", 0) // actor_cpus)) for r in resources)
         least, most = bounds or (num_gpus, num_gpus)
         # The head alone would be too little to feed everyone else.
         if any(r.get("CPU") and not r.get("GPU") and _HEAD not in r for r in resources):
-            task_labels = _without_gpu(alive)
+            actor_cpus: float = 0
+            fitting = num_gpus
             left = sum(r.get("CPU", 0) for r in resources if not r.get("GPU"))
+            task_labels = _without_gpu(alive)
+            max_cpus = None if may_grow else left
         else:
+            actor_cpus = threads
+            fitting = sum(int(min(r.get("GPU", 0), r.get("CPU", 0) // actor_cpus)) for r in resources)
             left = sum(cpus) - min(least, fitting) * actor_cpus
     else:
         if job.dtype == "float16":
@@ -428,7 +446,7 @@ def place(job: Label, nodes: Sequence[Mapping[str, Any]]) -> Placement:
         actor_cpus = threads - 1 if threads > 1 else 0.5
         fitting = int(sum(n // actor_cpus for n in cpus))
         least, most = bounds or 2 * (int(sum(max(1, n // threads) for n in cpus)),)
-        left = sum(cpus) - least * actor_cpus
+        left = sum(cpus) - min(least, fitting) * actor_cpus
     task_cpus = min(_TASK_CPUS, left / 4)
     # A range says that nodes come and go: what is not there yet is waited for.
     if (least > fitting and not may_grow) or least < 1 or task_cpus < _TASK_CPUS / 4:
@@ -448,7 +466,22 @@ def place(job: Label, nodes: Sequence[Mapping[str, Any]]) -> Placement:
         actor_gpus=1 if device == "cuda" else 0,
         task_cpus=task_cpus,
         task_labels=task_labels,
+        max_cpus=max_cpus,
     )
+
+
+def _nodes(ray: Any, job: Label) -> Any:
+    """The cluster's nodes; where a range of actors says that nodes come and go, one with CPUs is waited for."""
+    deadline, told = time.monotonic() + progress.START_SECONDS, False
+    while True:
+        nodes = ray.nodes()
+        waits = job.actors is not None and ":" in job.actors and time.monotonic() < deadline
+        if not waits or any(node["Alive"] and node["Resources"].get("CPU") for node in nodes):
+            return nodes
+        if not told:
+            note("the cluster has no CPUs yet; waiting for a node")
+            told = True
+        time.sleep(1)
 
 
 def _without_gpu(nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -829,7 +862,7 @@ def _time_sample(
             some = table.take(pa.array(rows[: table.num_rows]))
             blocks += [ray.put(some.slice(row, size)) for row in range(0, some.num_rows, size)]
         ledger = _start_ledger(ray, "sample", job.sample, None)
-        chain = _chain(job, checkpoint, place(job, ray.nodes()), blocks, done, ledger, _forget)
+        chain = _chain(job, checkpoint, place(job, _nodes(ray, job)), blocks, done, ledger, _forget)
         for _ in chain.iter_batches(batch_size=None):
             pass
         state: Snapshot = ray.get(ledger.snapshot.remote(), timeout=_LEDGER_SECONDS)

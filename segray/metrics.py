@@ -6,8 +6,9 @@
     ray_segray_batch_images                    histogram: images, or tiles, that shared a forward pass
 
 Ray adds the node and the worker (`NodeAddress`, `WorkerId`). What `rate` makes of the seconds of the
-stage predict is the share of its time in which an actor was at work, and with it its GPU. How much
-waits before each stage, and what the object stores hold, Ray tells by itself (`ray_data_*`).
+stage predict is the share of its time in which an actor was at work; its GPU was so at most as long.
+What is done twice counts twice, but for images. How much waits before each stage, and what the object
+stores hold, Ray tells by itself (`ray_data_*`).
 """
 
 import functools

@@ -42,7 +42,7 @@ STALL_SECONDS = 300.0
 """How long a run may show no sign of life."""
 
 START_SECONDS = 1800.0
-"""How long it may take until the first model is built: nodes may have to be had first."""
+"""How long it may take until the first model is built, or until lost nodes are replaced where none is left."""
 
 _LINE_SECONDS = 10
 _LOOK_SECONDS = 0.5
@@ -259,7 +259,8 @@ def watch(
     num_shards: int,
     started: float,
     samples: list[tuple[float, int]],
-    stalled: Callable[[bool], None],
+    lacks_nodes: Callable[[], bool],
+    stalled: Callable[[bool, float], None],
 ) -> Iterator[None]:
     """Shows how a run goes: a live bar on a terminal, elsewhere a line every 10 seconds.
 
@@ -269,8 +270,9 @@ def watch(
         num_shards: shards to read.
         started: when the run did, seconds since the epoch.
         samples: is given (seconds since then, images done), some hundred in all.
-        stalled: is called, in another thread, when nothing has gone on for 5 minutes, or no model was built for
-            30; it is told whether there had been any.
+        lacks_nodes: whether the cluster has none left of a kind that the run needs.
+        stalled: is called, in another thread, when nothing has gone on for 5 minutes, or for 30 where no model was
+            built yet or nodes have to come first; it is told whether there had been a model, and the seconds.
     """
     stop = threading.Event()
     console = Console(stderr=True)
@@ -286,7 +288,8 @@ def watch(
 
     def show() -> None:
         next_line, next_sample, sample_seconds = time.time() + _LINE_SECONDS, 0.0, _LOOK_SECONDS
-        num_signs, last_sign = 0, time.time()
+        num_signs = 0
+        last_sign = waited = time.time()
         while not stop.wait(_LOOK_SECONDS):
             now = time.time()
             try:
@@ -294,10 +297,12 @@ def watch(
             except Exception:  # the ledger is late; or gone, and the run ends with a better word on it
                 state = None
             if state is not None and state.num_signs != num_signs:
-                num_signs, last_sign = state.num_signs, now
-            elif now - last_sign > (STALL_SECONDS if num_signs else START_SECONDS):
-                stalled(num_signs > 0)
-                return
+                num_signs, last_sign, waited = state.num_signs, now, now
+            elif now - waited > (STALL_SECONDS if num_signs else START_SECONDS):
+                if not (num_signs and now - last_sign < START_SECONDS and lacks_nodes()):
+                    stalled(num_signs > 0, now - last_sign)
+                    return
+                waited = now  # a model that comes with its node has to be built too
             if state is None:
                 continue
             total = _expected(state, num_loose, num_shards)

@@ -54,6 +54,7 @@ class Cluster:
         command = [
             *(*prefix, f"{BIN}/ray", "start", "--block", f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}"),
             *(f"--object-store-memory={OBJECT_STORE_BYTES}", f"--dashboard-agent-listen-port={free_port()}"),
+            *("--min-worker-port=0", "--max-worker-port=0"),  # or two nodes of a machine would try the same ones
             *((f"--labels={shown}",) if shown else ()),
             *(options or (f"--address={self.gcs}", "--node-ip-address=127.0.0.1")),
         ]

@@ -97,12 +97,10 @@ class World:
         options = (f"--address={self.made.gcs}", f"--node-ip-address={worker.address}")
         return self.made.add(*options, num_cpus=1, prefix=worker.enter)
 
-    def label(self, sink: str) -> subprocess.Popen[str]:
-        """Submits the job that labels, and waits until it has written something."""
-        words = [word.replace("s3://segray/labels", sink) for word in submitted("label")[1:]]
-        job = popen(self.made, *words[:2], f"--runtime-env={self.runtime_env}", *words[2:])
-        wait_for_parts(sink, job)
-        return job
+    def submit(self, job: str, sink: str) -> subprocess.Popen[str]:
+        """Submits what labels or verifies a sink."""
+        words = [word.replace("s3://segray/labels", sink) for word in submitted(job)[1:]]
+        return popen(self.made, *words[:2], f"--runtime-env={self.runtime_env}", *words[2:])
 
     def is_given_up(self, worker: Host) -> bool:
         """Whether the head thinks that the host's node is dead."""
@@ -199,10 +197,11 @@ def world() -> Iterator[World]:
         yield of
 
 
-def cut_off_until_given_up(of: World) -> None:
+def cut_off_until_given_up(of: World, sink: str) -> None:
     """A run outlives a host that is away for long, and the host is taken back while it goes on."""
-    sink, worker, node = "s3://segray/labels", of.workers[1], of.made.nodes[-1]
-    job = of.label(sink)
+    worker, node = of.workers[1], of.made.nodes[-1]
+    job = of.submit("label", sink)
+    wait_for_parts(sink, job)
     worker.cut_off()
     begin = time.monotonic()
     while not of.is_given_up(worker):
@@ -220,7 +219,8 @@ def cut_off_until_given_up(of: World) -> None:
     is_running = job.poll() is None
     output, _ = job.communicate(timeout=900)
     require(job.returncode == 0, "a run in which a host was cut off ends well", output)
-    counts, lost = record(sink)["counts"], record(sink)["num_lost"]
+    told = record(sink)
+    counts, lost = told["counts"], told["num_lost"]
     require(counts["seen"] == counts["labelled"] == NUM_IMAGES, "every image is labelled", f"{counts}")
     tell(
         f"label: {worker.name} cut off, given up after {given_up:.0f} s, joined, its node back after {back:.0f} s "
@@ -229,17 +229,19 @@ def cut_off_until_given_up(of: World) -> None:
     )
 
 
-def verify(of: World) -> None:
-    """The store that this left is whole."""
-    done = submit(of.made, of.runtime_env, "verify")
-    require(done.returncode == 0, "the store is whole", done.stdout + done.stderr)
+def verify(of: World, sink: str) -> None:
+    """The store that a run left is whole."""
+    job = of.submit("verify", sink)
+    output, _ = job.communicate(timeout=600)
+    require(job.returncode == 0, "the store is whole", output)
     tell("verify: each image exactly once")
 
 
-def cut_off_for_a_moment(of: World) -> None:
+def cut_off_for_a_moment(of: World, sink: str) -> None:
     """A run outlives a host that is away for so short that nobody gives it up."""
-    sink, worker = "s3://segray/labels-again", of.workers[0]
-    job = of.label(sink)
+    worker = of.workers[0]
+    job = of.submit("label", sink)
+    wait_for_parts(sink, job)
     worker.cut_off()
     time.sleep(SHORT_CUT_SECONDS)
     worker.join()
@@ -288,9 +290,12 @@ def main() -> None:
     if sys.argv[1:] == [INSIDE]:
         with world() as of:
             tell("a head and two workers run")
-            cut_off_until_given_up(of)
-            verify(of)
-            cut_off_for_a_moment(of)
+            for show, sink in (
+                (cut_off_until_given_up, "s3://segray/labels"),
+                (cut_off_for_a_moment, "s3://segray/labels-again"),
+            ):
+                show(of, sink)
+                verify(of, sink)
             train(of)
             refuse_strangers(of)
     elif reason := hindrance():

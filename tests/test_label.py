@@ -541,7 +541,8 @@ def test_a_deadline_that_is_none_is_refused(text: str) -> None:
         ([{"CPU": 16}], {}, (4, 4, 3)),
         ([{"CPU": 0}, {"CPU": 8}, {"CPU": 6}], {}, (3, 4, 3)),
         ([{"CPU": 16}], {"actors": "2", "threads": 8}, (2, 8, 7)),
-        ([{"CPU": 16, "GPU": 4}, {"CPU": 8}], {}, (4, 1, 1)),
+        ([{"CPU": 16, "GPU": 4}], {}, (4, 1, 1)),
+        ([{"CPU": 16, "GPU": 4}, {"CPU": 8}], {}, (4, 1, 0)),
         ([{"CPU": 16, "GPU": 4}], {"device": "cpu"}, (4, 4, 3)),
     ],
 )
@@ -594,6 +595,7 @@ def test_with_workers_without_gpus_the_other_stages_keep_away_from_gpus_there_an
     kinds = re.findall(r"[\w-]+", labels["ray.io/accelerator-type"].removeprefix("!in"))
     assert {"L4", "A-NEW-KIND", "H100"} <= set(kinds)
     assert labels["ray.io/node-id"] == "!in(c)"
+    assert place(job, nodes).max_cpus == 10, "those without GPUs, which a fixed number of models does not ask for"
     # All that could decode is the head: nodes with GPUs then do it too.
     assert place(job, [nodes[1], nodes[3]]).task_labels == {}
     assert place(dataclasses.replace(job, device="cpu"), nodes).task_labels == {}
@@ -604,6 +606,8 @@ def test_a_range_of_actors_may_wait_for_nodes_to_come() -> None:
     placement = place(Label(source="a", sink="b", model="m", device="cuda", actors="1:8"), nodes)
     assert (placement.min_actors, placement.max_actors, placement.actor_gpus) == (1, 8, 1)
     assert "H100" in placement.task_labels["ray.io/accelerator-type"]
+    on_cpus = place(Label(source="a", sink="b", model="m", device="cpu", actors="4:8"), alive([{"CPU": 4}]))
+    assert (on_cpus.min_actors, on_cpus.max_actors) == (4, 8)
 
 
 @pytest.mark.parametrize(
@@ -612,6 +616,7 @@ def test_a_range_of_actors_may_wait_for_nodes_to_come() -> None:
         ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
         ({"actors": "-1"}, "--actors -1"),
         ({"actors": "8:2"}, "--actors 8:2"),
+        ({"actors": "8:"}, "--actors 8:"),
         ({"actors": "many"}, "--actors many"),
         ({"max_rejects": 1.5}, "--max-rejects 1.5"),
         ({"dtype": "float16", "device": "cpu"}, "bfloat16"),

@@ -481,7 +481,7 @@ def test_rays_autoscaler_reads_of_a_cluster_what_was_meant() -> None:
         name: (kind["resources"]["CPU"], kind["resources"].get("GPU"), kind["min_workers"], kind["max_workers"])
         for name, kind in types.items()
     }
-    assert seen == {"headgroup": (0, 0, 0, 0), "cpu": (15, 0, 1, 8), "gpu": (7, 1, 0, 8)}
+    assert seen == {"headgroup": (0, 0, 0, 0), "cpu": (15, 0, 1, 8), "gpu": (0, 1, 0, 8)}
     assert types["gpu"]["labels"] == {"ray.io/accelerator-type": "L4", "ray.io/market-type": "spot"}
 
 

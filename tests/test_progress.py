@@ -1,5 +1,6 @@
 """The ledger that tasks and the driver share, as a plain object, and the watch over it."""
 
+import json
 import threading
 import time
 from collections import Counter
@@ -86,7 +87,12 @@ def test_a_stall_is_noticed_and_a_run_that_goes_on_is_left_alone(monkeypatch: py
     monkeypatch.setattr(progress, "_LOOK_SECONDS", 0.05)
     monkeypatch.setattr(progress, "STALL_SECONDS", 0.5)
     ledger, stalled = Ledger("run"), threading.Event()
-    with watch(ledger.snapshot, 10, 0, time.time(), [], lambda had_begun: stalled.set() if had_begun else None):
+
+    def tell(had_begun: bool, seconds: float) -> None:
+        assert seconds >= 0.5
+        stalled.set() if had_begun else None
+
+    with watch(ledger.snapshot, 10, 0, time.time(), [], lambda: False, tell):
         assert not stalled.wait(0.8), "no model is at work yet"
         for _ in range(10):
             ledger.beat()
@@ -100,13 +106,42 @@ def test_a_run_whose_models_never_come_is_told_from_one_that_stalls(monkeypatch:
     monkeypatch.setattr(progress, "START_SECONDS", 0.5)
     told, stalled = list[bool](), threading.Event()
 
-    def tell(had_begun: bool) -> None:
+    def tell(had_begun: bool, _: float) -> None:
         told.append(had_begun)
         stalled.set()
 
-    with watch(Ledger("run").snapshot, 10, 0, time.time(), [], tell):
+    with watch(Ledger("run").snapshot, 10, 0, time.time(), [], lambda: False, tell):
         assert stalled.wait(5)
     assert told == [False]
+
+
+def test_a_run_that_has_lost_its_last_node_with_a_gpu_waits_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(progress, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(progress, "START_SECONDS", 2.0)
+    ledger, lost, stalled = Ledger("run"), threading.Event(), threading.Event()
+    ledger.beat()
+    lost.set()
+    with watch(ledger.snapshot, 10, 0, time.time(), [], lost.is_set, lambda *_: stalled.set()):
+        assert not stalled.wait(1), "a node may come"
+        ledger.beat()
+        assert not stalled.wait(1.5), "it came, and was lost again"
+        assert stalled.wait(3), "none comes for long"
+
+
+def test_lines_of_json_name_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    progress.note("as a person reads it")
+    monkeypatch.setenv("SEGRAY_LOG", "json")
+    monkeypatch.setattr(progress, "_context", {})
+    progress.say_as("20261122T000000Z-0")
+    progress.note("as a machine does")
+    progress.say("half of it", num_done=5)
+    text, *lines = capsys.readouterr().err.splitlines()
+    assert text == "note: as a person reads it"
+    told = [json.loads(line) for line in lines]
+    assert [line["message"] for line in told] == ["as a machine does", "half of it"]
+    assert {line["run_id"] for line in told} == {"20261122T000000Z-0"}
+    assert told[1]["num_done"] == 5
 
 
 def test_a_ledger_that_does_not_answer_for_a_while_ends_neither_the_watch_nor_the_run(
@@ -122,7 +157,7 @@ def test_a_ledger_that_does_not_answer_for_a_while_ends_neither_the_watch_nor_th
             raise TimeoutError
         return ledger.snapshot()
 
-    with watch(snapshot, 10, 0, time.time(), [], lambda _: stalled.set()):
+    with watch(snapshot, 10, 0, time.time(), [], lambda: False, lambda *_: stalled.set()):
         time.sleep(0.5)
     assert asked["times"] > 3
     assert not stalled.is_set()
