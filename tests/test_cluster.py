@@ -279,6 +279,7 @@ def write_larger(source: str) -> None:
     fs.pipe({f"{path}/{index}.jpg": buffer.getvalue() for index, buffer in enumerate(buffers)})
 
 
+@pytest.mark.slow
 def test_models_are_where_gpus_are_and_all_else_is_not_and_a_lost_gpu_costs_what_was_in_flight(
     nodes: Cluster, runtime_env: str
 ) -> None:
