@@ -25,7 +25,7 @@ demo: install
 test: lint
 	pytest --numprocesses 2 --dist loadfile
 
-# The long forms: CamVid at full size, models on pretended GPUs.
+# The long forms: CamVid at full size; on a cluster training, and models on pretended GPUs.
 test-slow: install
 	pytest -m slow
 

@@ -204,6 +204,7 @@ def test_what_reads_a_store_is_submitted_as_its_docstring_says(
         assert f"on {NUM_SCENES} images" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_where_the_cluster_has_a_place_for_it(nodes: Cluster, runtime_env: str) -> None:
     done = submit(nodes, runtime_env, "train", "--model", "unet_tu-mobilenetv3_small_050", "--crop", "96")
     assert done.returncode == 0, done.stdout + done.stderr
