@@ -396,6 +396,12 @@ def _bounds(actors: str | None) -> tuple[int, int] | None:
     return int(least), int(most)
 
 
+def _may_grow(actors: str | None) -> bool:
+    """Whether it says that nodes come and go."""
+    bounds = _bounds(actors)
+    return bounds is not None and bounds[0] < bounds[1]
+
+
 def place(job: Label, nodes: Sequence[Mapping[str, Any]]) -> Placement:
     """Decides how many models run, and what they and the other stages ask for, so that every stage finds a CPU.
 
@@ -415,8 +421,7 @@ def place(job: Label, nodes: Sequence[Mapping[str, Any]]) -> Placement:
     resources = [node["Resources"] for node in alive]
     cpus = [r["CPU"] for r in resources if r.get("CPU")]
     num_gpus = int(sum(r.get("GPU", 0) for r in resources))
-    bounds = _bounds(job.actors)
-    may_grow = bounds is not None and bounds[0] < bounds[1]
+    bounds, may_grow = _bounds(job.actors), _may_grow(job.actors)
     if not cpus:
         raise SettingsError("the cluster has no CPUs; `ray status` shows its nodes")
     task_labels: dict[str, str] = {}
@@ -475,7 +480,7 @@ def _nodes(ray: Any, job: Label) -> Any:
     deadline, told = time.monotonic() + progress.START_SECONDS, False
     while True:
         nodes = ray.nodes()
-        waits = job.actors is not None and ":" in job.actors and time.monotonic() < deadline
+        waits = _may_grow(job.actors) and time.monotonic() < deadline
         if not waits or any(node["Alive"] and node["Resources"].get("CPU") for node in nodes):
             return nodes
         if not told:

@@ -220,10 +220,10 @@ class Predictor:
 
     def _logits(self, pixels: UInt8[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch num_classes h w"]:
         """Logits in float32, one for each pixel of the model's input."""
-        height, width = pixels.shape[-2:]
-        if len(pixels) == 1 and self._num_together(height, width) > 1 and self._device.type == "cpu":
+        num_images, (height, width) = len(pixels), pixels.shape[-2:]
+        if num_images == 1 and self._num_together(height, width) > 1 and self._device.type == "cpu":
             # For one image alone a CPU takes other kernels than for two or more, which round otherwise.
-            return self._logits(pixels.expand(2, -1, -1, -1))[:1]
+            pixels = pixels.expand(2, -1, -1, -1)
         padding = (0, self._padding(width), 0, self._padding(height))
         values = (
             F.pad(self._normalised(pixels), padding, mode="replicate") if any(padding) else self._normalised(pixels)
@@ -231,7 +231,8 @@ class Predictor:
         values = values.contiguous(memory_format=self._memory_format)
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
             logits = model.logits(self._module, values).float()
-        self._beat(len(values))
+        self._beat(num_images)
+        logits = logits[:num_images]
         if logits.shape[-2:] != values.shape[-2:]:
             logits = F.interpolate(logits, values.shape[-2:], mode="bilinear", align_corners=False)
         return logits[..., :height, :width]

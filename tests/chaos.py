@@ -38,8 +38,10 @@ import tyro
 from PIL import Image
 
 from segray.demo import scene
+from tests.s3 import Server
 
 ROOT = Path(__file__).parents[1]
+SOURCE = "s3://segray/chaos"
 NUM_SHARDS = 4
 DISK_BYTES = 64 * 2**20
 FAULT_SECONDS = 6.0
@@ -146,38 +148,6 @@ class Handler(BaseHTTPRequestHandler):
         """Says nothing."""
 
 
-class Server:
-    """The S3 server, to be killed and started again."""
-
-    def __init__(self, folder: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
-        self._command = [
-            *("weed", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={self.port}"),
-            *("-admin.ui=false", "-webdav=false", "-bucket=segray"),
-        ]
-        self.start()
-
-    def start(self) -> None:
-        """Starts it, and waits until it answers."""
-        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=2)
-                connection.request("GET", "/")
-                if connection.getresponse().status < 500:
-                    return
-            time.sleep(0.3)
-        raise TimeoutError("the S3 server does not start")
-
-    def kill(self) -> None:
-        """Ends it without a word."""
-        self._process.kill()
-        self._process.wait()
-
-
 @dataclass
 class World:
     """What a job runs in."""
@@ -271,14 +241,8 @@ def s3_server() -> Iterator[Server | None]:
         yield None
         return
     with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {
-            "AWS_ACCESS_KEY_ID": "segray",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_REGION": "us-east-1",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
         server = Server(folder)
-        os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{server.port}"
+        os.environ |= server.environment
         try:
             yield server
         finally:
@@ -320,7 +284,7 @@ def world(num_images: int) -> Iterator[World]:
         server = stack.enter_context(s3_server())
         proxy = stack.enter_context(proxied(os.environ["AWS_ENDPOINT_URL"]))
         os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.server_port}"
-        write_source("s3://segray/photos", num_images)
+        write_source(SOURCE, num_images)
         os.environ["RAY_idle_worker_killing_time_threshold_ms"] = "60000"  # as a run does for a cluster of its own
         head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 2**29}
         cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -371,7 +335,7 @@ def run(made: World, seed: int) -> bool:
     name = names[seed % len(names)]
     folder = made.disk if name == "disk full" else "s3://segray"
     sink = f"{folder}/labels-{seed}-{time.time_ns()}"
-    command = ["jobs/label.py", "s3://segray/photos", sink, "--model", "segray/demo.safetensors", "--wait", "90"]
+    command = ["jobs/label.py", SOURCE, sink, "--model", "segray/demo.safetensors", "--wait", "90"]
     job = start(*command)
     output: list[str] = []
     reader = threading.Thread(target=lambda: output.extend(job.stdout or ()), daemon=True)
@@ -392,7 +356,7 @@ def run(made: World, seed: int) -> bool:
         text, _ = again.communicate(timeout=600)
         output.append(f"--- try {len(statuses) + 1}\n{text}")
         statuses.append(again.returncode)
-    check = start("jobs/verify.py", sink, "s3://segray/photos")
+    check = start("jobs/verify.py", sink, SOURCE)
     verdict, _ = check.communicate(timeout=600)
     is_sound = statuses[-1] == 0 and check.returncode == 0
     shown = " ".join(str(status) for status in statuses)

@@ -1,21 +1,29 @@
 """A Ray cluster of several nodes on this machine, made with `ray start` as on many, its tokens checked."""
 
 import contextlib
+import json
 import os
+import re
 import secrets
-import socket
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
+import yaml
+
+from segray.source import filesystem
+from tests.s3 import free_port
 
 START_SECONDS = 120
 OBJECT_STORE_BYTES = 256 * 2**20
 BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass
@@ -78,16 +86,34 @@ class Cluster:
         node.wait()
         self.nodes.remove(node)
 
-    def ray(self, *arguments: str, seconds: float = 600) -> subprocess.CompletedProcess[str]:
-        """What `ray` says to these arguments, as a person types them at a shell."""
-        return subprocess.run(
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Starts `ray` with these arguments, as a person types them at a shell."""
+        return subprocess.Popen(
             [f"{BIN}/ray", *arguments],
-            cwd=Path(__file__).parents[1],
+            cwd=ROOT,
             env=self.environment,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            timeout=seconds,
         )
+
+    def ray(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """What `ray` says to these arguments, and how it ends."""
+        started = self.start(*arguments)
+        output, _ = started.communicate(timeout=600)
+        return subprocess.CompletedProcess(started.args, started.returncode, output)
+
+    def submit(self, runtime_env: str, command: Sequence[str], *more: str) -> subprocess.CompletedProcess[str]:
+        """Submits what is `submitted`, with more options for the job, and waits for its end."""
+        return self.ray(*command[:2], f"--runtime-env={runtime_env}", *command[2:], *more)
+
+    def listed(self, what: str, *filters: str) -> list[dict[str, Any]]:
+        """What Ray's state API tells."""
+        options = [f"--filter={condition}" for condition in filters]
+        command = [f"{BIN}/ray", "list", what, "--detail", "--format=json", "--limit=10000", *options]
+        told = subprocess.check_output(command, env=self.environment, text=True)  # warnings go to stderr
+        rows: list[dict[str, Any]] = json.loads(told if told.startswith("[") else "[]")
+        return rows
 
 
 @contextlib.contextmanager
@@ -138,16 +164,36 @@ def head_options(made: Cluster) -> tuple[str, ...]:
     )
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port
-
-
 def _family(node: psutil.Popen) -> list[psutil.Popen]:
     try:
         return list(node.children(recursive=True))
     except psutil.NoSuchProcess:
         return []
+
+
+def write_runtime_env(folder: Path) -> str:
+    """Writes the project's file with lines changed as its reader would change them; its path."""
+    settings = yaml.safe_load((ROOT / "cluster/runtime_env.yaml").read_text())
+    settings["excludes"].remove("tests/")  # a driver of ours is in it
+    settings["env_vars"] |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    path = folder / "runtime_env.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def submitted(job: str) -> list[str]:
+    """How a job's docstring says that it is submitted, behind `ray`, with URIs that are there."""
+    text = (ROOT / f"jobs/{job}.py").read_text().replace("\\\n", " ")
+    [command] = re.findall(r"^ *ray (job submit .*)$", text, re.MULTILINE)
+    command = command.replace("--num-epochs 30", "--num-epochs 1").replace("s3://bucket", "s3://segray")
+    return shlex.split(command.replace("deeplabv3_resnet50", "s3://segray/demo.safetensors"))
+
+
+def wait_for_parts(sink: str, job: subprocess.Popen[str], least: int = 1) -> None:
+    """Waits until a running job has committed so many parts."""
+    fs, path = filesystem(sink)
+    deadline = time.monotonic() + 300
+    while len(fs.glob(f"{path}/label_maps/*/*.parquet")) < least:
+        assert job.poll() is None, job.communicate()
+        assert time.monotonic() < deadline, "nothing is committed"
+        time.sleep(0.2)

@@ -3,11 +3,7 @@
 import dataclasses
 import logging
 import os
-import socket
-import subprocess
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -27,6 +23,7 @@ from filelock import FileLock
 from segray import demo, model
 from segray.classes import Classes
 from segray.model import Checkpoint, Preprocessing
+from tests.s3 import Server
 
 _DATA = Path(os.environ.get("SEGRAY_TEST_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
 
@@ -40,58 +37,19 @@ def camvid() -> Path:
     return folder
 
 
-@dataclass(frozen=True)
-class S3:
-    """A running S3 server; the environment points s3fs, pyarrow and DuckDB at it."""
-
-    endpoint: str
-    bucket: str
-
-
 @pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    """A real S3 server with an empty bucket."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("s3")
-    os.environ |= {
-        "AWS_ACCESS_KEY_ID": "segray",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-    }
-    command = [
-        *("weed", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={port}"),
-        *("-admin.ui=false", "-webdav=false", "-bucket=segray"),
-    ]
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real S3 server with an empty bucket; the environment points s3fs, pyarrow and DuckDB at it."""
     # It looks for free ports by itself, but two that look at once find the same ones.
     with FileLock(tmp_path_factory.getbasetemp().parent / "s3.lock"):
-        with (folder / "log").open("w") as log:
-            server = subprocess.Popen(command, stdout=log, stderr=log)
-        import s3fs
-
-        for _ in range(100):
-            try:
-                if s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False).exists("segray"):
-                    break
-            except OSError:
-                pass
-            assert server.poll() is None, (folder / "log").read_text()
-            time.sleep(0.2)
-        else:
-            server.kill()
-            pytest.fail(f"the S3 server did not start: {(folder / 'log').read_text()}")
-    try:
-        yield S3(os.environ["AWS_ENDPOINT_URL"], "segray")
-    finally:
-        server.kill()
-        server.wait()
+        server = Server(str(tmp_path_factory.mktemp("s3")))
+    os.environ |= server.environment
+    yield server
+    server.kill()
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(s3: S3) -> Iterator[None]:
+def ray_cluster(s3: Server) -> Iterator[None]:
     """A real Ray cluster in this process, with more logical CPUs than the machine may have; it knows the S3 server."""
     import ray
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from segray.classes import Classes
 from segray.labelmap import encode_png
 from segray.sink import LABEL_MAPS, REJECTS, STATISTICS
+from segray.source import filesystem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,3 +125,11 @@ def _write(path: Path, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
 def _json(path: Path, fields: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(fields))
+
+
+def newest_run(sink: str) -> dict[str, Any]:
+    """The record of the run that ended last."""
+    fs, path = filesystem(sink)
+    runs = [json.loads(fs.cat_file(run)) for run in fs.ls(f"{path}/runs", detail=False)]
+    newest: dict[str, Any] = max(runs, key=lambda run: run["finished"])
+    return newest

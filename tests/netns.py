@@ -15,7 +15,7 @@ They leave nothing behind, as they are gone with their processes, and those with
 """
 
 import contextlib
-import http.client
+import dataclasses
 import os
 import subprocess
 import sys
@@ -25,17 +25,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import yaml
 
 from segray.demo import Draw, draw
 from segray.source import filesystem
 from tests.chaos import write_source
-from tests.cluster import BIN, Cluster, cluster, head_options
-from tests.test_cluster import ROOT, listed, popen, record, submit, submitted, wait_for_parts
+from tests.cluster import (
+    BIN,
+    ROOT,
+    Cluster,
+    cluster,
+    head_options,
+    submitted,
+    wait_for_parts,
+    write_runtime_env,
+)
+from tests.label_store import newest_run
+from tests.s3 import Server
 
 INSIDE = "--inside"
 NETWORK = "10.77.0"
-S3_PORT = 8333
 NUM_IMAGES = 1200
 SHORT_CUT_SECONDS = 2
 BEGIN = time.monotonic()
@@ -99,12 +107,12 @@ class World:
 
     def submit(self, job: str, sink: str) -> subprocess.Popen[str]:
         """Submits what labels or verifies a sink."""
-        words = [word.replace("s3://segray/labels", sink) for word in submitted(job)[1:]]
-        return popen(self.made, *words[:2], f"--runtime-env={self.runtime_env}", *words[2:])
+        words = [word.replace("s3://segray/labels", sink) for word in submitted(job)]
+        return self.made.start(*words[:2], f"--runtime-env={self.runtime_env}", *words[2:])
 
     def is_given_up(self, worker: Host) -> bool:
         """Whether the head thinks that the host's node is dead."""
-        return bool(listed(self.made, "nodes", "state=DEAD", f"node_ip={worker.address}"))
+        return bool(self.made.listed("nodes", "state=DEAD", f"node_ip={worker.address}"))
 
 
 def ip(*arguments: str, on: tuple[str, ...] = ()) -> None:
@@ -141,38 +149,6 @@ def host(name: str, number: int) -> Host:
     return made
 
 
-def serve_s3(server: Host) -> None:
-    """Starts an S3 server, to which the environment then points."""
-    command = [f"{BIN}/weed", "mini", "-dir=/tmp", f"-ip={server.address}", f"-ip.bind={server.address}"]
-    options = [f"-s3.port={S3_PORT}", "-admin.ui=false", "-webdav=false", "-bucket=segray"]
-    subprocess.Popen([*server.enter, *command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    os.environ |= {
-        "AWS_ACCESS_KEY_ID": "segray",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{server.address}:{S3_PORT}",
-    }
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            connection = http.client.HTTPConnection(server.address, S3_PORT, timeout=2)
-            connection.request("GET", "/")
-            if connection.getresponse().status < 500:
-                return
-        time.sleep(0.3)
-    raise TimeoutError("the S3 server does not start")
-
-
-def write_runtime_env(folder: str) -> str:
-    """Writes the project's file with lines changed as its reader would change them; its path."""
-    settings = yaml.safe_load((ROOT / "cluster/runtime_env.yaml").read_text())
-    settings["env_vars"] |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    path = Path(folder) / "runtime_env.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return str(path)
-
-
 @contextlib.contextmanager
 def world() -> Iterator[World]:
     """The hosts, what runs on them, and images, shards and a model in the bucket."""
@@ -181,7 +157,7 @@ def world() -> Iterator[World]:
     ip("link", "set", "bridge", "up")
     server, head = host("s3", 2), host("head", 3)
     workers = host("worker-1", 4), host("worker-2", 5)
-    serve_s3(server)
+    os.environ |= Server("/tmp", server.address, server.enter).environment
     write_source("s3://segray/photos", NUM_IMAGES)
     draw(Draw(sink="s3://segray/shards", num_scenes=48, first_seed=0, format="tar", shard_scenes=24))
     filesystem("s3://segray")[0].put(f"{ROOT}/segray/demo.safetensors", "segray/demo.safetensors")
@@ -191,7 +167,7 @@ def world() -> Iterator[World]:
     unknown = {name: "" for name in os.environ if name.startswith("AWS_")}  # but to those whom a job tells
     with cluster(folder, unknown, head.address) as made:
         made.add(*head_options(made), num_cpus=0, prefix=head.enter)
-        of = World(made, workers, write_runtime_env(folder))
+        of = World(made, workers, write_runtime_env(Path(folder)))
         for worker in workers:
             of.start(worker)
         yield of
@@ -219,7 +195,7 @@ def cut_off_until_given_up(of: World, sink: str) -> None:
     is_running = job.poll() is None
     output, _ = job.communicate(timeout=900)
     require(job.returncode == 0, "a run in which a host was cut off ends well", output)
-    told = record(sink)
+    told = newest_run(sink)
     counts, lost = told["counts"], told["num_lost"]
     require(counts["seen"] == counts["labelled"] == NUM_IMAGES, "every image is labelled", f"{counts}")
     tell(
@@ -247,7 +223,7 @@ def cut_off_for_a_moment(of: World, sink: str) -> None:
     worker.join()
     output, _ = job.communicate(timeout=900)
     require(job.returncode == 0, "a run in which a host was cut off for a moment ends well", output)
-    counts = record(sink)["counts"]
+    counts = newest_run(sink)["counts"]
     require(counts["seen"] == counts["labelled"] == NUM_IMAGES, "every image is labelled", f"{counts}")
     kept = "given up all the same" if of.is_given_up(worker) else "its node kept"
     tell(f"label: {worker.name} cut off for {SHORT_CUT_SECONDS} s, {kept}; status 0, {counts['labelled']} images")
@@ -255,19 +231,19 @@ def cut_off_for_a_moment(of: World, sink: str) -> None:
 
 def train(of: World) -> None:
     """A model is trained where no disk is shared."""
-    done = submit(of.made, of.runtime_env, "train", "--model", "unet_tu-mobilenetv3_small_050", "--crop", "96")
-    require(done.returncode == 0, "training needs no shared disk", done.stdout + done.stderr)
+    done = of.made.submit(
+        of.runtime_env, submitted("train"), "--model", "unet_tu-mobilenetv3_small_050", "--crop", "96"
+    )
+    require(done.returncode == 0, "training needs no shared disk", done.stdout)
     num_bytes = filesystem("s3://segray")[0].info("segray/model/checkpoint.safetensors")["size"]
     tell(f"train: a checkpoint of {num_bytes:,} bytes")
 
 
 def refuse_strangers(of: World) -> None:
     """Nothing is submitted without the token."""
-    stranger = {**of.made.environment, "RAY_AUTH_TOKEN": "0" * 64}
-    command = [f"{BIN}/ray", "job", "submit", "--", "true"]
-    done = subprocess.run(command, env=stranger, cwd=ROOT, capture_output=True, text=True)
-    said = done.stdout + done.stderr
-    require(done.returncode and "oken" in said, "a wrong token is refused", said)
+    stranger = dataclasses.replace(of.made, environment={**of.made.environment, "RAY_AUTH_TOKEN": "0" * 64})
+    done = stranger.ray("job", "submit", "--", "true")
+    require(done.returncode and "oken" in done.stdout, "a wrong token is refused", done.stdout)
     tell("submit with another token: refused")
 
 

@@ -13,7 +13,6 @@ AWS_ENDPOINT_URL is set, the S3 server is that one.
 import contextlib
 import io
 import itertools
-import json
 import logging
 import os
 import re
@@ -35,6 +34,7 @@ from PIL import Image
 from segray import model
 from segray.demo import CLASSES, scene
 from tests.chaos import proxied, s3_server, start
+from tests.label_store import newest_run
 
 IMAGES_PER_SHARD = 1000
 SIDE = 32
@@ -43,6 +43,7 @@ MAX_GROWTH = 0.2
 MIN_RATIO = 0.75
 LOOK_SECONDS = 2.0
 SOURCE = "s3://segray/soak"
+SINK = "s3://segray/soak-labels"  # a bucket may have stores of others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,13 +130,6 @@ def label(source: str, sink: str, checkpoint: str) -> list[Sample]:
     return samples
 
 
-def record(sink: str) -> dict[str, Any]:
-    """The newest run's."""
-    fs, path = fsspec.core.url_to_fs(sink, use_listings_cache=False)
-    newest: dict[str, Any] = json.loads(fs.cat_file(max(fs.ls(f"{path}/runs", detail=False))))
-    return newest
-
-
 def early_and_late(samples: list[Sample]) -> tuple[int, int]:
     """Memory of the driver in the second fifth of a run and in its last."""
     fifth = max(1, len(samples) // 5)
@@ -183,30 +177,30 @@ def main() -> None:
         ray.init(cluster.address, logging_level=logging.ERROR, log_to_driver=False)
         stack.callback(ray.shutdown)
 
-        sink, rows, rates, growth = "s3://segray/labels", [], [], 0.0
-        for name, source, into in (("a tenth", f"{SOURCE}/tenth", f"{sink}-tenth"), ("all", SOURCE, sink)):
+        rows, rates, growth = [], [], 0.0
+        for name, source, into in (("a tenth", f"{SOURCE}/tenth", f"{SINK}-tenth"), ("all", SOURCE, SINK)):
             samples = label(source, into, checkpoint)
             early, late = early_and_late(samples)
             growth = late / early - 1
-            rates.append(record(into)["images_per_second"])
-            rows.append(tell(name, record(into), samples))
+            rates.append(newest_run(into)["images_per_second"])
+            rows.append(tell(name, newest_run(into), samples))
             print(rows[-1], flush=True)
 
         # With workers of its own, whose requests the proxy sees too.
         os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.server_port}"
         os.environ.pop("RAY_ADDRESS")
         began = time.monotonic()
-        samples = label(SOURCE, sink, checkpoint)
+        samples = label(SOURCE, SINK, checkpoint)
         again_seconds = time.monotonic() - began
-        rows.append(tell("all, again", record(sink), samples))
+        rows.append(tell("all, again", newest_run(SINK), samples))
         fetched, noted = (
             [request for request in proxy.requests if re.match(f"GET /segray/{path}", request)]
-            for path in ("soak/.*tar", "labels/shards/.*parquet")
+            for path in ("soak/.*tar", "soak-labels/shards/.*parquet")
         )
 
         os.environ |= {"AWS_ENDPOINT_URL": endpoint, "RAY_ADDRESS": cluster.address}
         began = time.monotonic()
-        check = start("jobs/verify.py", sink, SOURCE)
+        check = start("jobs/verify.py", SINK, SOURCE)
         verdict, _ = check.communicate()
         verified_seconds = time.monotonic() - began
 

@@ -1,12 +1,11 @@
 """The jobs on a cluster of several nodes, submitted as a person does; the cluster asks for a token."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
 import re
-import shlex
-import subprocess
 import tempfile
 import time
 import urllib.request
@@ -23,10 +22,18 @@ from PIL import Image
 from segray.demo import Draw, draw, scene
 from segray.source import filesystem
 from tests.chaos import write_source
-from tests.cluster import BIN, Cluster, cluster, head_options
-from tests.conftest import S3
+from tests.cluster import (
+    ROOT,
+    Cluster,
+    cluster,
+    head_options,
+    submitted,
+    wait_for_parts,
+    write_runtime_env,
+)
+from tests.label_store import newest_run
+from tests.s3 import Server
 
-ROOT = Path(__file__).parents[1]
 NUM_PHOTOS = 1200
 NUM_SCENES = 24
 NUM_ON_GPUS = 256
@@ -34,7 +41,7 @@ L4 = {"ray.io/accelerator-type": "L4"}
 
 
 @pytest.fixture(scope="module")
-def nodes(s3: S3) -> Iterator[Cluster]:
+def nodes(s3: Server) -> Iterator[Cluster]:
     """A head without CPUs and two workers, which know of the S3 server only what a job tells them."""
     fs, _ = filesystem("s3://segray")
     write_source("s3://segray/photos", NUM_PHOTOS)
@@ -53,55 +60,8 @@ def nodes(s3: S3) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def runtime_env(tmp_path_factory: pytest.TempPathFactory, s3: S3) -> str:
-    """The file of the project with lines changed as its reader would change them."""
-    settings = yaml.safe_load((ROOT / "cluster/runtime_env.yaml").read_text())
-    settings["excludes"].remove("tests/")  # a driver of ours is in it
-    settings["env_vars"] |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    path = tmp_path_factory.mktemp("runtime_env") / "runtime_env.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return str(path)
-
-
-def submitted(job: str) -> list[str]:
-    """How a job's docstring says that it is submitted, with URIs that are there."""
-    text = (ROOT / f"jobs/{job}.py").read_text().replace("\\\n", " ")
-    [command] = re.findall(r"^ *(ray job submit .*)$", text, re.MULTILINE)
-    command = command.replace("--num-epochs 30", "--num-epochs 1").replace("s3://bucket", "s3://segray")
-    return shlex.split(command.replace("deeplabv3_resnet50", "s3://segray/demo.safetensors"))
-
-
-def submit(made: Cluster, runtime_env: str, job: str, *more: str) -> subprocess.CompletedProcess[str]:
-    ray, *arguments = submitted(job)
-    assert (ray, arguments[:2]) == ("ray", ["job", "submit"])
-    return made.ray("job", "submit", f"--runtime-env={runtime_env}", *arguments[2:], *more)
-
-
-def record(sink: str) -> dict[str, Any]:
-    """That of the newest run."""
-    fs, path = filesystem(sink)
-    newest: dict[str, Any] = json.loads(fs.cat_file(max(fs.ls(f"{path}/runs", detail=False))))
-    return newest
-
-
-def wait_for_parts(sink: str, job: subprocess.Popen[str], least: int = 1) -> None:
-    fs, path = filesystem(sink)
-    deadline = time.monotonic() + 300
-    while len(fs.glob(f"{path}/label_maps/*/*.parquet")) < least:
-        assert job.poll() is None, job.communicate()
-        assert time.monotonic() < deadline, "nothing is committed"
-        time.sleep(0.2)
-
-
-def popen(made: Cluster, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [f"{BIN}/ray", *arguments],
-        cwd=ROOT,
-        env=made.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def runtime_env(tmp_path_factory: pytest.TempPathFactory, s3: Server) -> str:
+    return write_runtime_env(tmp_path_factory.mktemp("runtime_env"))
 
 
 @dataclass
@@ -133,25 +93,25 @@ def scrape(made: Cluster) -> str:
 
 @pytest.fixture(scope="module")
 def labelled(nodes: Cluster, runtime_env: str) -> Labelled:
-    _, *arguments = submitted("label")
+    command = submitted("label")
     sink = "s3://segray/labels"
 
     log_as_json = f"{runtime_env}.json.yaml"
     settings = yaml.safe_load(Path(runtime_env).read_text())
     settings["env_vars"]["SEGRAY_LOG"] = "json"
     Path(log_as_json).write_text(yaml.safe_dump(settings))
-    job = popen(nodes, *arguments[:2], "--submission-id=first", f"--runtime-env={log_as_json}", *arguments[2:])
+    job = nodes.start(*command[:2], "--submission-id=first", f"--runtime-env={log_as_json}", *command[2:])
     wait_for_parts(sink, job)
     told = nodes.ray("job", "stop", "first")
-    assert told.returncode == 0, told.stdout + told.stderr
+    assert told.returncode == 0, told.stdout
     stopped, _ = job.communicate(timeout=120)
     assert job.returncode == 0, "that is no failure"
     assert "was stopped" in nodes.ray("job", "status", "first").stdout
-    first = record(sink)
+    first = newest_run(sink)
 
     fs, _ = filesystem(sink)
     num_parts = len(fs.glob("segray/labels/label_maps/*/*.parquet"))
-    job = popen(nodes, *arguments[:2], f"--runtime-env={runtime_env}", *arguments[2:])
+    job = nodes.start(*command[:2], f"--runtime-env={runtime_env}", *command[2:])
     wait_for_parts(sink, job, num_parts + 1)
     nodes.kill(nodes.nodes[-1])
     nodes.add(num_cpus=1)
@@ -179,11 +139,11 @@ def test_the_next_run_goes_on_and_labels_each_image_once_though_a_node_is_killed
     nodes: Cluster, runtime_env: str, labelled: Labelled
 ) -> None:
     assert re.search(r"\d+ of \S+ images, ", labelled.output), "no progress in the job's log"
-    counts = record("s3://segray/labels")["counts"]
+    counts = newest_run("s3://segray/labels")["counts"]
     assert counts["present"] >= labelled.first["counts"]["labelled"]
     assert counts["seen"] == counts["present"] + counts["labelled"] == NUM_PHOTOS + NUM_SCENES
-    verified = submit(nodes, runtime_env, "verify")
-    assert verified.returncode == 0, verified.stdout + verified.stderr
+    verified = nodes.submit(runtime_env, submitted("verify"))
+    assert verified.returncode == 0, verified.stdout
 
 
 @pytest.mark.parametrize("job", ["evaluate", "report", "compact"])
@@ -193,8 +153,8 @@ def test_what_reads_a_store_is_submitted_as_its_docstring_says(
     fs, _ = filesystem("s3://segray")
     if job == "evaluate":
         fs.copy("segray/drawn/targets", "segray/targets", recursive=True)
-    done = submit(nodes, runtime_env, job)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = nodes.submit(runtime_env, submitted(job))
+    assert done.returncode == 0, done.stdout
     if job == "report":
         assert b"<html" in fs.cat_file("segray/report.html")
     if job == "evaluate":
@@ -206,26 +166,24 @@ def test_what_reads_a_store_is_submitted_as_its_docstring_says(
 
 @pytest.mark.slow
 def test_a_model_is_trained_where_the_cluster_has_a_place_for_it(nodes: Cluster, runtime_env: str) -> None:
-    done = submit(nodes, runtime_env, "train", "--model", "unet_tu-mobilenetv3_small_050", "--crop", "96")
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = nodes.submit(runtime_env, submitted("train"), "--model", "unet_tu-mobilenetv3_small_050", "--crop", "96")
+    assert done.returncode == 0, done.stdout
     fs, _ = filesystem("s3://segray")
     assert fs.info("segray/model/checkpoint.safetensors")["size"] > 2**20
 
 
 def test_a_job_that_is_refused_fails_at_the_command_line_too_and_says_why(nodes: Cluster, runtime_env: str) -> None:
-    done = submit(nodes, runtime_env, "label", "--batch-size", "0")
+    done = nodes.submit(runtime_env, submitted("label"), "--batch-size", "0")
     assert done.returncode == 1
-    assert "--batch-size 0: must be at least 1" in done.stdout + done.stderr
-    assert "exit code 2" in done.stdout + done.stderr
+    assert "--batch-size 0: must be at least 1" in done.stdout
+    assert "exit code 2" in done.stdout
 
 
 def test_without_the_token_nothing_is_submitted(nodes: Cluster) -> None:
-    stranger = {**nodes.environment, "RAY_AUTH_TOKEN": "0" * 64}
-    done = subprocess.run(
-        [f"{BIN}/ray", "job", "submit", "--", "true"], env=stranger, cwd=ROOT, capture_output=True, text=True
-    )
+    stranger = dataclasses.replace(nodes, environment={**nodes.environment, "RAY_AUTH_TOKEN": "0" * 64})
+    done = stranger.ray("job", "submit", "--", "true")
     assert done.returncode
-    assert "oken" in done.stdout + done.stderr
+    assert "oken" in done.stdout
 
 
 def test_the_endpoint_has_every_metric_that_the_dashboard_names(labelled: Labelled) -> None:
@@ -242,7 +200,7 @@ def test_the_endpoint_has_every_metric_that_the_dashboard_names(labelled: Labell
             by = re.findall(r"\bby \(([\w, ]*)\)", expression)
             wanted = {*re.findall(r"(\w+)=", selector), *(word for some in by for word in some.split(", "))}
             assert not wanted - labels[name], f"{name} has no such label"
-    newest = record("s3://segray/labels")
+    newest = newest_run("s3://segray/labels")
     counted = rf'^ray_segray_images_total\{{.*outcome="(\w+)",run_id="{newest["run_id"]}".* (\S+)$'
     total = {outcome: float(value) for outcome, value in re.findall(counted, labelled.metrics[-1], re.MULTILINE)}
     assert total["present"] == newest["counts"]["present"]
@@ -250,18 +208,9 @@ def test_the_endpoint_has_every_metric_that_the_dashboard_names(labelled: Labell
     assert newest["counts"]["labelled"] / 2 < total["labelled"] <= newest["counts"]["labelled"]
 
 
-def listed(made: Cluster, what: str, *filters: str) -> list[dict[str, Any]]:
-    """What Ray's state API tells."""
-    options = [f"--filter={condition}" for condition in filters]
-    told = made.ray("list", what, "--detail", "--format=json", "--limit=10000", *options)
-    assert told.returncode == 0, told.stderr
-    rows: list[dict[str, Any]] = json.loads(told.stdout if told.stdout.startswith("[") else "[]")
-    return rows
-
-
 def where(made: Cluster, job_id: str, pattern: str) -> set[str]:
     """The nodes on which tasks of such names ran, or run."""
-    tasks = listed(made, "tasks", f"job_id={job_id}")
+    tasks = made.listed("tasks", f"job_id={job_id}")
     return {task["node_id"] for task in tasks if task["node_id"] and re.search(pattern, task["name"])}
 
 
@@ -285,12 +234,11 @@ def test_models_are_where_gpus_are_and_all_else_is_not_and_a_lost_gpu_costs_what
     nodes: Cluster, runtime_env: str
 ) -> None:
     gpus = [nodes.add(num_cpus=0, num_gpus=1, labels=L4), nodes.add(num_cpus=0, num_gpus=1)]
-    with_gpu = {n["node_id"] for n in listed(nodes, "nodes", "state=ALIVE") if n["resources_total"].get("GPU")}
+    with_gpu = {n["node_id"] for n in nodes.listed("nodes", "state=ALIVE") if n["resources_total"].get("GPU")}
     assert len(with_gpu) == 2
     sink = "s3://segray/gpus"
     write_larger("s3://segray/larger")
-    job = popen(
-        nodes,
+    job = nodes.start(
         *("job", "submit", f"--runtime-env={runtime_env}", "--working-dir", ".", "--"),
         *("python", "tests/logical_gpus.py", "s3://segray/larger", sink),
         # Enough to do that one model is not enough.
@@ -302,7 +250,7 @@ def test_models_are_where_gpus_are_and_all_else_is_not_and_a_lost_gpu_costs_what
     while len(running) < 2:  # it began with one
         assert job.poll() is None, job.communicate()
         assert time.monotonic() < deadline
-        alive = listed(nodes, "actors", "state=ALIVE")
+        alive = nodes.listed("actors", "state=ALIVE")
         running = [actor for actor in alive if "_Predictor" in actor["class_name"]]
     assert {actor["node_id"] for actor in running} == with_gpu
     job_id = running[0]["job_id"]
@@ -313,7 +261,7 @@ def test_models_are_where_gpus_are_and_all_else_is_not_and_a_lost_gpu_costs_what
     output, _ = job.communicate(timeout=600)
     assert job.returncode == 0, output
 
-    told = record(sink)
+    told = newest_run(sink)
     assert told["counts"]["seen"] == told["counts"]["labelled"] == NUM_ON_GPUS
     assert told["placement"]["actor_gpus"] == 1
     assert told["num_lost"] <= NUM_ON_GPUS / 2
@@ -322,6 +270,6 @@ def test_models_are_where_gpus_are_and_all_else_is_not_and_a_lost_gpu_costs_what
     assert elsewhere
     assert not elsewhere & with_gpu
     verify = [word.replace("labels", "gpus").replace("photos", "larger") for word in submitted("verify")]
-    verified = nodes.ray("job", "submit", f"--runtime-env={runtime_env}", *verify[3:])
-    assert verified.returncode == 0, verified.stdout + verified.stderr
+    verified = nodes.submit(runtime_env, verify)
+    assert verified.returncode == 0, verified.stdout
     nodes.kill(gpus[0])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import os
 import re
 import signal
@@ -32,7 +31,9 @@ from segray.lock import hold
 from segray.model import Preprocessing
 from segray.tile import Tiling
 from tests.awful import awful_files
-from tests.conftest import S3, random_checkpoint
+from tests.conftest import random_checkpoint
+from tests.label_store import newest_run
+from tests.s3 import Server
 
 NUM_FRAMES = 101
 
@@ -50,22 +51,15 @@ def read_store(sink: str, kind: str) -> pa.Table:
     return pads.dataset(f"{path}/{kind}", filesystem=fs, format="parquet", partitioning="hive").to_table()
 
 
-def newest_run(sink: str) -> dict[str, Any]:
-    fs, path = fsspec.core.url_to_fs(sink, use_listings_cache=False)
-    runs = [json.loads(fs.cat_file(run)) for run in fs.ls(f"{path}/runs", detail=False)]
-    newest: dict[str, Any] = max(runs, key=lambda run: run["finished"])
-    return newest
-
-
 def name_of(uri: str) -> str:
     return re.split("[/#]", uri)[-1]
 
 
 @pytest.fixture(scope="session")
-def frames_on_s3(camvid: Path, s3: S3) -> dict[str, str]:
+def frames_on_s3(camvid: Path, s3: Server) -> dict[str, str]:
     """CamVid's validation frames as loose objects, as tar shards and as Parquet shards."""
     frames = sorted((camvid / "val").glob("*.png"))
-    root = f"s3://{s3.bucket}/camvid"
+    root = "s3://segray/camvid"
     fs, _ = fsspec.core.url_to_fs(root, use_listings_cache=False)
     fs.pipe({f"{root}/loose/{index % 3}/{frame.name}": frame.read_bytes() for index, frame in enumerate(frames)})
     for shard in range(3):
@@ -136,20 +130,20 @@ FORMS = {
 
 @pytest.mark.parametrize("name", FORMS)
 def test_loose_tar_and_parquet_on_s3_give_the_same_label_maps(
-    name: str, frames_on_s3: dict[str, str], tmp_path: Path, s3: S3, ray_cluster: None
+    name: str, frames_on_s3: dict[str, str], tmp_path: Path, s3: Server, ray_cluster: None
 ) -> None:
     """The short form: the three forms with one model, and each other model with one of them."""
     frames = {form: frames_on_s3[form] for form in FORMS[name]}
-    label_frames(frames, name, 96, tmp_path, f"s3://{s3.bucket}/labels")
+    label_frames(frames, name, 96, tmp_path, "s3://segray/camvid-labels")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("name", FORMS)
 def test_loose_tar_and_parquet_on_s3_give_the_same_label_maps_at_full_size(
-    name: str, frames_on_s3: dict[str, str], tmp_path: Path, s3: S3, ray_cluster: None
+    name: str, frames_on_s3: dict[str, str], tmp_path: Path, s3: Server, ray_cluster: None
 ) -> None:
-    label_frames(frames_on_s3, name, None, tmp_path, f"s3://{s3.bucket}/labels")
+    label_frames(frames_on_s3, name, None, tmp_path, "s3://segray/camvid-labels")
 
 
 class Forbidding(BaseHTTPRequestHandler):

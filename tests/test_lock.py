@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from segray import lock
 from segray.errors import Locked
 from segray.lock import LEASE_SECONDS, Holder, hold
-from tests.conftest import S3
 
 
 def never() -> None:
@@ -37,8 +36,8 @@ def held(
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "disk":
         return str(tmp_path)
-    s3: S3 = request.getfixturevalue("s3")
-    return f"s3://{s3.bucket}/lock/{tmp_path.name}"
+    request.getfixturevalue("s3")
+    return f"s3://segray/lock/{tmp_path.name}"
 
 
 def generations(root: str) -> list[str]:

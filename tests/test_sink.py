@@ -18,7 +18,7 @@ from segray.classes import Classes
 from segray.errors import SinkError
 from segray.sink import LABELLED, Sink
 from segray.source import image_id
-from tests.conftest import S3
+from tests.s3 import Server
 
 CLASSES = Classes(("soil", "crop", "weed"))
 
@@ -43,7 +43,7 @@ def files(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("where", ["local", "s3"])
 def test_what_is_written_is_done(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    uri = str(tmp_path) if where == "local" else f"s3://{request.getfixturevalue('s3').bucket}/sink-test"
+    uri = str(tmp_path) if where == "local" else "s3://segray/sink-test"
     store = Sink(uri, "r1")
     assert len(store.done()) == 0
     [*_] = store.write(pa.concat_tables([rows("a", "b"), rows("c", reject="empty: 0 bytes")]), CLASSES, "run")
@@ -142,8 +142,8 @@ def test_done_is_sorted_for_many_parts(tmp_path: Path) -> None:
     assert len(done) == 5
 
 
-def test_documents_are_replaced_whole(tmp_path: Path, s3: S3) -> None:
-    for uri in (str(tmp_path), f"s3://{s3.bucket}/documents"):
+def test_documents_are_replaced_whole(tmp_path: Path, s3: Server) -> None:
+    for uri in (str(tmp_path), "s3://segray/documents"):
         store = Sink(uri, "r1")
         store.start({"recipe": "r1", "try": 1})
         store.start({"recipe": "r1", "try": 2})

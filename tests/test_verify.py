@@ -26,7 +26,7 @@ from segray.sink import LABEL_MAPS, LABELLED, REJECTS, STATISTICS, Sink, part_na
 from segray.source import Source, fetch, image_id
 from segray.store import LabelStore
 from segray.verify import Verify, _count, verify
-from tests.conftest import S3
+from tests.s3 import Server
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -463,8 +463,8 @@ def test_a_source_without_images_is_refused(store: Path, tmp_path: Path) -> None
         Verify(sink=str(store), column="image")
 
 
-def test_a_store_in_object_storage_is_repaired(s3: S3, capsys: pytest.CaptureFixture[str]) -> None:
-    sink = f"s3://{s3.bucket}/verify-test"
+def test_a_store_in_object_storage_is_repaired(s3: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    sink = "s3://segray/verify-test"
     write(sink, rows(("a", "1")), rows(("b", "1"), reject="empty: 0 bytes"))
     verify(Verify(sink=sink))
     fs = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)

@@ -1,0 +1,113 @@
+"""What an image costs apart from moving it: decode and encode on one core, and the model on its device.
+
+    python tests/benchmarks/stages.py [--device cpu] [--dtype float32] [--batch-size 16] [--num-images 64]
+
+Images are drawn scenes, scaled to the size; label maps are their targets, scaled likewise. Decode and encode
+are the functions of the job, on one thread, best of five rounds. The model's time is that of its actor without
+Ray: pixels in, label maps and statistics out, for the images of 480×360 alone; its weights are random.
+"""
+
+import io
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+
+from segray import model
+from segray.classes import Classes
+from segray.decode import decode
+from segray.demo import CLASSES, scene
+from segray.labelmap import encode_png
+from segray.predict import DType, Predictor
+
+SIZES = ((360, 480), (1024, 2048))
+FORMATS = ("JPEG", "PNG")
+MODELS = ("lraspp_mobilenet_v3_large", "deeplabv3_resnet50")
+NUM_SCENES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """Times the stages of an image."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Of the models."""
+    dtype: DType = "float32"
+    """Of the models."""
+    batch_size: int = 16
+    """Of the models."""
+    num_images: int = 64
+    """That each model labels; two batches before them are not timed."""
+
+
+def best_of_five(work: Callable[[], object]) -> float:
+    """Seconds."""
+    rounds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        work()
+        rounds.append(time.perf_counter() - begin)
+    return min(rounds)
+
+
+def scaled(height: int, width: int) -> list[tuple[Image.Image, np.ndarray]]:
+    """Scenes and their targets, of this size."""
+    pairs = [scene(seed)[:2] for seed in range(NUM_SCENES)]
+    return [
+        (
+            Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC),
+            np.asarray(Image.fromarray(target).resize((width, height), Image.Resampling.NEAREST)),
+        )
+        for image, target in pairs
+    ]
+
+
+def compress(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, quality=90)
+    return buffer.getvalue()
+
+
+def images_per_second(name: str, settings: Stages) -> float:
+    """Of one actor's work on images of the first size."""
+    checkpoint = model.untrained(name, Classes(tuple(f"class {index}" for index in range(21))))
+    predictor = Predictor(
+        checkpoint.to_bytes, batch_size=settings.batch_size, device=settings.device, dtype=settings.dtype
+    )
+    images = [np.asarray(image) for image, _ in scaled(*SIZES[0])]
+    batch = [images[index % NUM_SCENES] for index in range(settings.batch_size)]
+    for _ in range(2):
+        predictor.predict(batch)
+    num_batches = -(-settings.num_images // settings.batch_size)
+    begin = time.perf_counter()
+    for _ in range(num_batches):
+        predictor.predict(batch)
+    return num_batches * settings.batch_size / (time.perf_counter() - begin)
+
+
+def main() -> None:
+    """Prints two tables."""
+    settings = tyro.cli(Stages)
+    print("| image | kB | decode ms | encode ms |\n|---|---|---|---|")
+    for height, width in SIZES:
+        pairs = scaled(height, width)
+        encode = best_of_five(lambda: [encode_png(target, CLASSES.palette) for _, target in pairs])  # noqa: B023
+        for kind in FORMATS:
+            files = [compress(image, kind) for image, _ in pairs]
+            seconds = best_of_five(lambda: [decode(data, height * width) for data in files])  # noqa: B023
+            kilobytes = sum(map(len, files)) / len(files) / 1000
+            milliseconds = (1000 * each / len(pairs) for each in (seconds, encode))
+            print(f"| {width}×{height} {kind} | {kilobytes:,.0f} | {' | '.join(f'{ms:.1f}' for ms in milliseconds)} |")
+    where = torch.cuda.get_device_name() if settings.device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"\n| model | {settings.dtype}, {where}, images/s |\n|---|---|")
+    for name in MODELS:
+        print(f"| {name} | {images_per_second(name, settings):.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
