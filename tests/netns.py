@@ -29,16 +29,7 @@ import psutil
 from segray.demo import Draw, draw
 from segray.source import filesystem
 from tests.chaos import write_source
-from tests.cluster import (
-    BIN,
-    ROOT,
-    Cluster,
-    cluster,
-    head_options,
-    submitted,
-    wait_for_parts,
-    write_runtime_env,
-)
+from tests.cluster import BIN, ROOT, Cluster, cluster, head_options, submitted, wait_for_parts, write_runtime_env
 from tests.label_store import newest_run
 from tests.s3 import Server
 

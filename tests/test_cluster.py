@@ -22,15 +22,7 @@ from PIL import Image
 from segray.demo import Draw, draw, scene
 from segray.source import filesystem
 from tests.chaos import write_source
-from tests.cluster import (
-    ROOT,
-    Cluster,
-    cluster,
-    head_options,
-    submitted,
-    wait_for_parts,
-    write_runtime_env,
-)
+from tests.cluster import ROOT, Cluster, cluster, head_options, submitted, wait_for_parts, write_runtime_env
 from tests.label_store import newest_run
 from tests.s3 import Server
 
