@@ -47,9 +47,10 @@ lint: install
 	mypy
 	lint-imports
 
-# Images per second of this job, of a bare loop and of Ray's documented recipe, in one run.
+# Images per second of labelling, against a bare loop and Ray's documented recipe; and of training, against its step.
 benchmark: install
 	python tests/benchmarks/throughput.py
+	python tests/benchmarks/training.py
 
 clean:
 	rm -rf build

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Annotated, get_args, get_origin
 
 import pyarrow.dataset as pads
 import pytest
@@ -26,15 +27,24 @@ OPTIONS = {
     "label": [
         *("source", "sink", "retry_rejects", "max_images", "deadline", "wait", "dry_run", "sample", "hourly_cost"),
         *("model", "weights", "classes", "column", "max_pixels", "max_rejects"),
-        *("tiling.size", "tiling.overlap", "tiling.blend", "device", "dtype", "batch_size", "actors", "threads"),
+        *("tiling.size", "tiling.overlap", "tiling.blend", "crf", "device", "dtype", "batch_size", "actors", "threads"),
     ],
     "report": ["sink", "html", "recipe", "run", "num_images", "seed", "image_id", "export"],
     "evaluate": ["sink", "targets", "recipe", "ignore_index", "json"],
     "compact": ["sink", "recipe", "wait"],
     "verify": ["sink", "source", "column", "recipe", "repair"],
+    "pack": [
+        *("source", "sink", "dataset", "classes", "column", "recipe", "min_confidence"),
+        *("format", "shard_images", "val_fraction", "seed"),
+    ],
     "train": [
-        *("source", "sink", "val", "classes", "model", "arguments", "num_epochs", "batch_size", "crop"),
-        *("learning_rate", "warm_up", "weight_decay", "shuffle_images", "seed", "num_threads"),
+        *("source", "sink", "val", "classes", "model", "arguments", "weights", "auxiliary"),
+        *("loss", "class_weights", "label_smoothing"),
+        *("num_epochs", "batch_size", "patience", "save_steps", "seed", "dry_run"),
+        *("crop", "scale", "class_share", "flip", "rotation", "colour", "blur"),
+        *("optimizer", "learning_rate", "backbone_rate", "schedule", "warm_up", "weight_decay", "momentum"),
+        *("clip", "accumulate", "ema"),
+        *("workers", "strategy", "device", "dtype", "compile", "sync_batch_norm", "num_threads"),
     ],
 }
 
@@ -62,8 +72,10 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_options_of_a_job_are_these_and_no_others(job: str) -> None:
     names = []
     for field in dataclasses.fields(settings_of(job)):
-        nested = dataclasses.fields(field.type) if dataclasses.is_dataclass(field.type) else ()
-        names += [f"{field.name}.{inner.name}" for inner in nested] or [field.name]
+        is_group = get_origin(field.type) is Annotated  # which goes without its name on the command line
+        kind = get_args(field.type)[0] if is_group else field.type
+        nested = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+        names += [inner.name if is_group else f"{field.name}.{inner.name}" for inner in nested] or [field.name]
     assert names == OPTIONS[job]
 
 
@@ -92,7 +104,7 @@ def test_each_job_is_a_file_that_shows_how_it_is_submitted(job: str) -> None:
 def test_the_readmes_name_no_job_and_no_option_that_is_not_there(readme: str) -> None:
     text = (ROOT / readme).read_text().replace("\\\n", " ")
     commands = re.findall(
-        r"(?:python jobs/(\w+)\.py|segray (label|report|evaluate|compact|verify|train))\b([^\n`]*)", text
+        r"(?:python jobs/(\w+)\.py|segray (label|report|evaluate|compact|verify|pack|train))\b([^\n`]*)", text
     )
     assert readme != "README.md" or {script or job for script, job, _ in commands} == set(JOBS)
     for script, job, arguments in commands:

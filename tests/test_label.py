@@ -1,7 +1,9 @@
 """The job end to end, on a real Ray cluster, from and to a real S3 server."""
 
 import dataclasses
+import hashlib
 import io
+import json
 import os
 import re
 import signal
@@ -25,6 +27,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
+from segray.crf import Crf
 from segray.errors import Locked, RunError, SettingsError, SourceError
 from segray.label import Label, _deadline, label, place
 from segray.lock import hold
@@ -343,6 +346,42 @@ def test_another_tiling_is_another_recipe_beside_the_first(
     per_recipe = read_store(sink, "label_maps").group_by("recipe").aggregate([("image_id", "count_distinct")])
     assert per_recipe["image_id_count_distinct"].to_pylist() == [10, 10]
     assert {path.stem for path in (tmp_path / "labels/recipes").iterdir()} == set(per_recipe["recipe"].to_pylist())
+
+
+def test_a_crf_is_another_recipe_and_the_run_says_what_it_took(
+    photos: Path, tmp_path: Path, small_model: str, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sink = str(tmp_path / "labels")
+    job = Label(source=str(photos), sink=sink, model=small_model)
+    label(job)
+    assert newest_run(sink)["crf_ms_per_image"] is None
+    assert "CRF" not in capsys.readouterr().out
+    refining = dataclasses.replace(job, crf=True)
+    label(dataclasses.replace(refining, dry_run=True))
+    assert re.search(r"refined by\s+│\s+a CRF ", capsys.readouterr().out)
+    label(refining)
+    run = newest_run(sink)
+    assert 0 < run["crf_ms_per_image"] < 60_000
+    assert f"the CRF took {run['crf_ms_per_image']:,.1f} ms an image" in capsys.readouterr().out
+    assert run["counts"] == {"seen": 10, "labelled": 10, "rejected": 0, "present": 0, "other_files": 0}
+
+    recipes = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "labels/recipes").iterdir()}
+    decisive = {
+        "labelling": 1,
+        "model": recipes[run["recipe"]]["model"]["digest"],
+        "tiling": {"size": 1024, "overlap": 128, "blend": "cosine"},
+        "dtype": "float32",
+    }
+    plain = f"r{hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:15]}"
+    assert recipes.keys() == {plain, run["recipe"]}, "the id of a recipe without a CRF must stay what it was"
+    assert "crf" not in recipes[plain]
+    assert recipes[run["recipe"]]["crf"] == dataclasses.asdict(Crf())
+
+    label_maps: dict[str, dict[str, bytes]] = {plain: {}, run["recipe"]: {}}
+    for row in read_store(sink, "label_maps").to_pylist():
+        label_maps[row["recipe"]][name_of(row["uri"])] = row["label_map"]
+    assert label_maps[plain].keys() == label_maps[run["recipe"]].keys()
+    assert label_maps[plain] != label_maps[run["recipe"]]
 
 
 def test_a_killed_actor_starts_again_with_its_weights_and_no_image_is_lost(

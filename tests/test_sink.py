@@ -43,6 +43,8 @@ def files(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("where", ["local", "s3"])
 def test_what_is_written_is_done(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if where == "s3":
+        request.getfixturevalue("s3")
     uri = str(tmp_path) if where == "local" else "s3://segray/sink-test"
     store = Sink(uri, "r1")
     assert len(store.done()) == 0
