@@ -100,19 +100,20 @@ def find(source: str, val: str | None) -> tuple[dict[str, int], dict[str, int]]:
     return {uri: to_train[uri] for uri in others}, {last: to_train[last]}
 
 
-def surveyed(uri: str, shards: dict[str, int], classes: Classes) -> Split:
+def surveyed(uri: str, shards: dict[str, int], classes: Classes, *, is_packed: bool) -> Split:
     """What is in shards: as the index beside them says, where it is theirs, or by reading all of them once.
 
     Args:
         uri: where they are, for a person.
         shards: their URIs and sizes in bytes.
         classes: what their targets are of.
+        is_packed: whether these are the classes beside the shards, of which an index beside them tells.
 
     Raises:
         SourceError: the first fault that was found, or there is no pair.
     """
     folders = {shard.rpartition("/")[0] for shard in shards}
-    found = read_index(folders.pop(), shards) if len(folders) == 1 else None
+    found = read_index(folders.pop(), shards) if is_packed and len(folders) == 1 else None
     if found is None or len(found[1].num_pixels) != len(classes):
         found = _survey(list(shards), classes)
     index, census = found

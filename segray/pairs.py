@@ -12,7 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -276,8 +276,8 @@ def _is_parquet(shard: str) -> bool:
     return shard.lower().endswith(".parquet")
 
 
-def _pairs(shard: str, file: BinaryIO) -> Iterator[tuple[dict[str, Any], bytes, bytes]]:
-    """The rows of its index, without the shard, each with the bytes of image and target."""
+def _pairs(shard: str, file: Any) -> Iterator[tuple[dict[str, Any], bytes, bytes]]:
+    """The rows of its index, without the shard, each with the bytes of image and target; the file is fsspec's."""
     for row, image, target in _parquet_pairs(shard, file) if _is_parquet(shard) else _tar_pairs(shard, file):
         if image is None or target is None:
             have, lack = ("a target", "image") if image is None else ("an image", "target")
@@ -285,7 +285,7 @@ def _pairs(shard: str, file: BinaryIO) -> Iterator[tuple[dict[str, Any], bytes, 
         yield {**row, "image_bytes": len(image), "target_bytes": len(target)}, image, target
 
 
-def _tar_pairs(shard: str, file: BinaryIO) -> Iterator[tuple[dict[str, Any], bytes | None, bytes | None]]:
+def _tar_pairs(shard: str, file: Any) -> Iterator[tuple[dict[str, Any], bytes | None, bytes | None]]:
     begin = file.read(16)
     file.seek(0)
     if _COMPRESSED.match(begin):
@@ -298,7 +298,7 @@ def _tar_pairs(shard: str, file: BinaryIO) -> Iterator[tuple[dict[str, Any], byt
             yield {"name": name, **offsets}, image and image.data, target and target.data
 
 
-def _parquet_pairs(shard: str, file: BinaryIO) -> Iterator[tuple[dict[str, Any], bytes | None, bytes | None]]:
+def _parquet_pairs(shard: str, file: Any) -> Iterator[tuple[dict[str, Any], bytes | None, bytes | None]]:
     opened = pq.ParquetFile(file)
     there = {field.name: field.type for field in opened.schema_arrow}
     if lacking := [name for name in ("image", "target") if there.get(name) not in _BYTES]:

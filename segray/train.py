@@ -153,7 +153,7 @@ def train(job: Train) -> None:
     with session() as ray:
         placement = _place(job, ray.nodes())
         splits = [
-            feed.surveyed(uri, some, classes)
+            feed.surveyed(uri, some, classes, is_packed=job.classes is None)
             for uri, some in zip((job.source, job.val or job.source), shards, strict=True)
         ]
         _check(job, classes, *splits)
@@ -261,24 +261,27 @@ def _place(job: Train, nodes: Sequence[Mapping[str, Any]]) -> Placement:
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     num_cpus = sum(r.get("CPU", 0.0) for r in resources)
     num_gpus = int(sum(r.get("GPU", 0.0) for r in resources))
+    if not num_cpus:
+        raise SettingsError("the cluster has no CPUs; `ray status` shows its nodes")
     asked = job.parallel.device
     device: Literal["cpu", "cuda"] = "cuda" if asked == "cuda" or (asked == "auto" and num_gpus) else "cpu"
     if job.parallel.sync_batch_norm and device == "cpu":
         raise SettingsError("--sync-batch-norm works on GPUs alone, and this trains on CPUs")
     least, most = job.parallel.bounds() or 2 * (max(num_gpus, 1) if device == "cuda" else 1,)
-    if device == "cuda" and least > num_gpus:
+    if device == "cuda" and least > num_gpus and least == most:  # a range says that nodes come and go
         raise SettingsError(
             f"--workers {job.parallel.workers or least} need a GPU each, and the cluster has {num_gpus}; "
-            "lower --workers, take --device cpu, or give the least and the most where nodes are still to come"
+            "lower --workers, take --device cpu, or give the least and the most (1:8) where nodes are still to come"
         )
-    # A GPU node may have no CPUs to ask for, where those of others are to feed it.
-    beside_gpus = sum(r.get("CPU", 0.0) for r in resources if r.get("GPU"))
-    worker_cpus = 0.0 if device == "cuda" and beside_gpus < most else 1.0
-    if worker_cpus and num_cpus - least * worker_cpus < 0.5:
-        worker_cpus = num_cpus / (2 * least)  # the other half feeds them
+    if device == "cuda":
+        beside = sum(r.get("CPU", 0.0) for r in resources if r.get("GPU"))
+        # GPU nodes may have none to ask for, and those that are left have to feed all.
+        worker_cpus = 1.0 if beside >= num_gpus and num_cpus - num_gpus >= 1 else 0.0
+    elif least < most:
+        worker_cpus = 0.6 * min(r["CPU"] for r in resources if r.get("CPU"))  # one a node; the rest feeds it
+    else:
+        worker_cpus = 1.0 if num_cpus - least >= 0.5 else num_cpus / (2 * least)
     free_cpus = num_cpus - least * worker_cpus
-    if least == most == 1 and device == "cpu" and num_cpus < 1:
-        raise SettingsError("the cluster has no CPUs; `ray status` shows its nodes")
     return Placement(
         device=device,
         workers=least if least == most else (least, most),

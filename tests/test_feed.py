@@ -73,7 +73,7 @@ def stream(split: feed.Split, steps: range, rank: int = 0, num_workers: int = 1)
 
 
 def test_what_a_step_sees_does_not_depend_on_workers_or_on_where_it_began(fields: Path, ray_cluster: None) -> None:
-    split = feed.surveyed(str(fields), feed.find(str(fields), str(fields))[0], CLASSES)
+    split = feed.surveyed(str(fields), feed.find(str(fields), str(fields))[0], CLASSES, is_packed=True)
     alone = stream(split, range(6))
     assert [len(batch["row"]) for batch in alone] == [5] * 6
     later = stream(split, range(4, 6))
@@ -94,7 +94,7 @@ def test_what_a_step_sees_does_not_depend_on_workers_or_on_where_it_began(fields
 def test_whole_images_come_in_their_order(fields: Path, ray_cluster: None) -> None:
     import ray.data
 
-    split = feed.surveyed(str(fields), feed.find(str(fields), str(fields))[0], CLASSES)
+    split = feed.surveyed(str(fields), feed.find(str(fields), str(fields))[0], CLASSES, is_packed=True)
     limits = ray.data.ExecutionResources(cpu=2, object_store_memory=2**28)
     found = list(feed.samples(split, CLASSES, range(1, NUM_SCENES, 2), task_cpus=0.5, limits=limits))
     assert [sample["uri"].rpartition("#")[2] for sample in found] == [f"scene-{n:07d}" for n in range(1, NUM_SCENES, 2)]
@@ -130,13 +130,14 @@ def test_shards_with_an_index_beside_them_are_not_read_again(
     (tmp_path / "shard-000000.tar").write_bytes((fields / "shard-000000.tar").read_bytes())
     index, census = survey(f"file://{tmp_path}/shard-000000.tar", CLASSES)
     shards = feed.find(str(tmp_path), str(tmp_path))[0]
-    read = feed.surveyed(str(tmp_path), shards, CLASSES)
+    read = feed.surveyed(str(tmp_path), shards, CLASSES, is_packed=True)
     (tmp_path / "_index.parquet").write_bytes(write_index(index, dataclasses.replace(census, num_void=7)))
-    told = feed.surveyed(str(tmp_path), shards, CLASSES)
+    told = feed.surveyed(str(tmp_path), shards, CLASSES, is_packed=True)
     assert told.index.equals(read.index)
     assert (read.census.num_void, told.census.num_void) == (0, 7), "a number that only the index has"
     others = {uri: size + 1 for uri, size in shards.items()}
-    assert feed.surveyed(str(tmp_path), others, CLASSES).census.num_void == 0, "it is of other shards"
+    assert feed.surveyed(str(tmp_path), others, CLASSES, is_packed=True).census.num_void == 0, "other shards"
+    assert feed.surveyed(str(tmp_path), shards, CLASSES, is_packed=False).census.num_void == 0, "other classes"
 
 
 def test_a_source_without_shards_or_with_one_says_the_way_out(tmp_path: Path) -> None:

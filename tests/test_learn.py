@@ -93,7 +93,7 @@ def test_a_step_is_that_of_pytorchs_own_parts() -> None:
     # Adam makes much of the rounding of gradients that are nearly nothing, so on the mean.
     trained, expected = ours.checkpoint().tensors, module.state_dict()
     differences = torch.cat([(trained[name] - expected[name]).abs().flatten() for name in expected])
-    assert float(differences.mean()) < 1e-6
+    assert float(differences.mean()) < 1e-5
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
