@@ -2,7 +2,7 @@
 
 The order of an epoch is a permutation of all its images that the seed and the epoch decide; a step takes the next
 `batch_size` of it, and each worker its share of those. So what a step sees does not depend on how many workers there
-are or on where training began, and in an epoch no image comes twice; the few that fill no batch come in the next.
+are or on where training began, and in an epoch no image comes twice; the few that fill no batch are left out of it.
 """
 
 import functools
@@ -155,7 +155,7 @@ def batches(
     index = ray.put(split.index)
 
     def load(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        step = first + int(batch["id"][0])
+        step = int(batch["item"][0])
         epoch = step // order.steps_per_epoch
         rows = order.share(step, rank, num_workers)
         crops = []
@@ -169,8 +169,9 @@ def batches(
 
     # In portions, as Ray Data plans all tasks of an execution before the first.
     for first in range(steps.start, steps.stop, _STEPS_PER_EXECUTION):
-        num_steps = min(_STEPS_PER_EXECUTION, steps.stop - first)
-        stream = _ordered(ray.data.range(num_steps, override_num_blocks=num_steps), limits)
+        some = steps[first - steps.start : first - steps.start + _STEPS_PER_EXECUTION]
+        # Not `ray.data.range`, whose read tasks would want a whole CPU.
+        stream = _ordered(ray.data.from_items(list(some), override_num_blocks=len(some)), limits)
         loaded = stream.map_batches(load, batch_size=1, num_cpus=task_cpus)
         yield from loaded.iter_torch_batches(batch_size=None, prefetch_batches=_BATCHES_AHEAD)
 
@@ -192,6 +193,8 @@ def samples(
     """
     import ray
 
+    if not rows:  # of which Ray Data makes no stream
+        return
     index = ray.put(split.index)
 
     def load(batch: dict[str, np.ndarray]) -> Iterator[dict[str, list[Any]]]:

@@ -12,6 +12,7 @@ Each is written whole or not at all. A state comes after all that was known befo
 newest state is written again in the same way.
 """
 
+import functools
 import json
 import queue
 import re
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segray.errors import SinkError
+from segray.retry import retrying
 from segray.source import filesystem
 
 if TYPE_CHECKING:  # as the settings of a job are read without it
@@ -31,6 +33,7 @@ __all__ = ["BEST", "LAST", "Journal"]
 
 BEST, LAST = "checkpoint.safetensors", "last.safetensors"
 _NUM_STATES = 2
+_MAX_WAITING = 8
 _METADATA_KEY = "segray.state"
 _STATE = re.compile(r"step-\d{8}\.safetensors")
 
@@ -49,7 +52,8 @@ class Journal:
             self.filesystem, self.root = filesystem(self._sink)
         except Exception as error:  # whatever fsspec raises
             raise SinkError(f"{sink} cannot be opened: {error}") from error
-        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        # Bounded, as each state is a copy of all there is: who is far ahead of a slow store waits.
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(_MAX_WAITING)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -60,7 +64,7 @@ class Journal:
             SinkError: it cannot be read.
         """
         try:
-            data: bytes = self.filesystem.cat_file(f"{self.root}/{name}")
+            data: bytes = retrying(lambda: self.filesystem.cat_file(f"{self.root}/{name}"))
         except FileNotFoundError:
             return None
         except Exception as error:  # whatever the store's client raises
@@ -89,15 +93,22 @@ class Journal:
         """The lines of `metrics.jsonl`."""
         return [json.loads(line) for line in (self.read("metrics.jsonl") or b"").splitlines()]
 
-    def newest_state(self) -> "tuple[dict[str, Tensor], dict[str, Any]] | None":
-        """The newest of `put_state`'s; None where there is none."""
+    def newest_state(self) -> str | None:
+        """The name of the newest state; None where there is none."""
+        names = self._states()
+        return names[-1] if names else None
+
+    def read_state(self, name: str) -> "tuple[dict[str, Tensor], dict[str, Any]]":
+        """What `write_state` wrote under a name.
+
+        Raises:
+            SinkError: it cannot be read, or is not there any more.
+        """
         import safetensors.torch
 
-        names = self._states()
-        if not names:
-            return None
-        data = self.read(f"state/{names[-1]}")
-        assert data is not None
+        data = self.read(f"state/{name}")
+        if data is None:
+            raise SinkError(f"{self._sink}/state/{name} is gone; another training writes to this sink")
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         return safetensors.torch.load(data), json.loads(header["__metadata__"][_METADATA_KEY])
 
@@ -138,7 +149,7 @@ class Journal:
         self.write(f"state/{name}", safetensors.torch.save(own, {_METADATA_KEY: json.dumps(scalars)}))
         for old in self._states()[:-_NUM_STATES]:
             try:
-                self.filesystem.rm_file(f"{self.root}/state/{old}")
+                retrying(functools.partial(self.filesystem.rm_file, f"{self.root}/state/{old}"))
             except Exception as error:  # as above
                 raise SinkError(
                     f"{self._sink}/state/{old} cannot be removed: {type(error).__name__}: {error}"
@@ -162,7 +173,7 @@ class Journal:
 
     def _states(self) -> list[str]:
         try:
-            paths = self.filesystem.ls(f"{self.root}/state", detail=False)
+            paths = retrying(lambda: self.filesystem.ls(f"{self.root}/state", detail=False))
         except FileNotFoundError:
             return []
         except Exception as error:  # as above

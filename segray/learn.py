@@ -175,8 +175,16 @@ class Learner:
         """Of the newest step, that of the head."""
         return self._settings.learning_rate * rate(self._settings, max(self.num_steps_done - 1, 0), self._num_steps)
 
+    def _align(self) -> None:
+        """Gives all processes the first one's batch norm statistics, so that they hold the same model."""
+        if self._world > 1:
+            for tensor in (*self._net.buffers(), *(self._average or {}).values()):
+                if not isinstance(tensor, DTensor):
+                    dist.broadcast(tensor, 0)
+
     def checkpoint(self) -> Checkpoint:
         """The model as it is, or its moving average where there is one; every process of a group has to call this."""
+        self._align()
         source = self._average or self._net.model.state_dict()
         return dataclasses.replace(
             self._checkpoint, tensors={name: _whole(tensor).cpu() for name, tensor in source.items()}
@@ -190,6 +198,7 @@ class Learner:
         Returns:
             Tensors by name, and what is no tensor.
         """
+        self._align()
         tensors = {f"net.{name}": tensor for name, tensor in self._net.state_dict().items()}
         tensors |= {f"average.{name}": tensor for name, tensor in (self._average or {}).items()}
         for name, parameter in self._net.named_parameters():
@@ -217,7 +226,8 @@ class Learner:
                 parameter = parameters[name]
                 # The optimisers keep their counts of steps on the CPU.
                 self._optimizer.state[parameter][key] = value.clone() if key == "step" else _as(value, parameter)
-        self._scaler.load_state_dict(scalars["scaler"])
+        if scalars["scaler"] and self._scaler.is_enabled():  # it may go on in another precision
+            self._scaler.load_state_dict(scalars["scaler"])
         self.num_steps_done = scalars["step"]
 
     def _train(self) -> None:
@@ -248,7 +258,10 @@ class Learner:
             now = self._net.model.state_dict()
             floating = [name for name, tensor in now.items() if tensor.is_floating_point()]
             update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-            update([self._average[name] for name in floating], [now[name] for name in floating], 0)
+            for is_cut in (False, True):  # what FSDP cuts, and what it leaves, do not go into one call
+                names = [name for name in floating if isinstance(now[name], DTensor) == is_cut]
+                if names:
+                    update([self._average[name] for name in names], [now[name] for name in names], 0)
             for name in now.keys() - set(floating):
                 self._average[name].copy_(now[name])
 
@@ -306,12 +319,9 @@ def _backbone(bare: nn.Module) -> nn.Module:
 
 
 def _pieces(bare: nn.Module) -> Iterator[nn.Module]:
-    """The parts of a model whose weights are brought together at one time."""
+    """The parts of a model whose weights are brought together at one time: those whose own `forward` is called."""
     for child in bare.children():
-        of_child = list(child.children())
-        if child is _backbone(bare):
-            yield from (piece for piece in of_child if any(True for _ in piece.parameters()))
-        elif any(True for _ in child.parameters()):
+        if any(True for _ in child.parameters()):
             yield child
 
 

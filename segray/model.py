@@ -263,7 +263,7 @@ def start(
 
     Returns:
         The checkpoint, without a size to which images would be brought, and the names of those of its tensors that
-        nothing was there for, or of another shape: the head's, where the number of classes is another.
+        nothing was there for: the head's, where the classes are others.
 
     Raises:
         ModelError: the name is not known, the weights cannot be had, or the arguments do not fit.
@@ -287,11 +287,12 @@ def start(
             )
         given = load(name) if weights == "published" else _on_imagenet(architecture, merged)
         fresh = _fresh(architecture, merged, classes, given.preprocessing, seed)
-    fitting = {
-        tensor_name: tensor
-        for tensor_name, tensor in given.tensors.items()
-        if tensor_name in fresh.tensors and fresh.tensors[tensor_name].shape == tensor.shape
-    }
+    fitting = {tensor_name: tensor for tensor_name, tensor in given.tensors.items() if tensor_name in fresh.tensors}
+    if given.classes.names != classes.names:
+        # The head is what has another shape where there is one class more.
+        larger = Classes((*classes.names, "\0"), ignore_index=len(classes) + 1)
+        other = _fresh(fresh.architecture, fresh.arguments, larger, fresh.preprocessing, seed).tensors
+        fitting = {key: tensor for key, tensor in fitting.items() if other[key].shape == fresh.tensors[key].shape}
     begun = dataclasses.replace(
         fresh,
         preprocessing=dataclasses.replace(fresh.preprocessing, resize=None),
@@ -477,6 +478,12 @@ def _parse(name: str) -> tuple[str, dict[str, Any]]:
 def _bare_module(
     architecture: str, arguments: Mapping[str, Any], classes: Classes, preprocessing: Preprocessing
 ) -> nn.Module:
+    if architecture in _TORCHVISION and arguments:  # which it would swallow
+        raise ModelError(
+            f"{architecture} takes no arguments, and was given {dict(arguments)}; output stride and atrous rates are "
+            "those of segmentation-models-pytorch's, e.g. deeplabv3_resnet34 with "
+            '\'{"encoder_output_stride": 8, "decoder_atrous_rates": [6, 12, 18]}\''
+        )
     try:
         if architecture in _TORCHVISION:
             module: nn.Module = torchvision.models.get_model(

@@ -303,7 +303,7 @@ def pack(job: Pack) -> None:
             raise SinkError(f"{job.sink} cannot be written: {root_cause(error)}") from error
         packed = _Packed()
         try:
-            packer = _Packer(job.sink, job.format, job.shard_images, plan.classes, plan.load)
+            packer = _Packer(_absolute(job.sink), job.format, job.shard_images, plan.classes, plan.load)
             with contextlib.closing(_receipts(ray, packer, plan)) as receipts:
                 for split, receipt in receipts:
                     if lost.is_set():

@@ -45,7 +45,7 @@ __all__ = ["Train", "train"]
 _MAX_FAILURES = 3
 _RESIZE_SECONDS = 600.0
 _ENDS = ("finished", "stopped early")
-_PORTABLE = ("sink", "dry_run", "parallel")
+_PORTABLE = ("sink", "dry_run", "parallel", "patience", "save_steps")
 """Settings that may be others when a training goes on."""
 
 
@@ -117,13 +117,6 @@ class Train:
             raise SettingsError(f"--arguments {self.arguments!r} is not JSON: {error}") from error
         if not isinstance(arguments, dict):
             raise SettingsError(f"--arguments {self.arguments!r} must be a JSON object")
-        bounds = self.parallel.bounds()
-        least_share = self.batch_size // bounds[1] if bounds else self.batch_size
-        if least_share < self.optimization.accumulate:
-            raise SettingsError(
-                f"--batch-size {self.batch_size} is too small to be shared by {self.parallel.workers or 1} workers in "
-                f"{self.optimization.accumulate} parts each; raise it, or lower --workers or --accumulate"
-            )
 
     def command(self) -> str:
         """The command line that gives these settings."""
@@ -150,7 +143,8 @@ def train(job: Train) -> None:
     shards = feed.find(job.source, job.val)
     classes = Classes.read(job.classes or f"{job.source.rstrip('/')}/classes.json")
     Loss.parse(job.loss, classes, label_smoothing=job.label_smoothing)  # before anything is read
-    with session() as ray:
+    # The lock is given back once the session has ended, and with it whoever writes.
+    with contextlib.ExitStack() as lock, session() as ray:
         placement = _place(job, ray.nodes())
         splits = [
             feed.surveyed(uri, some, classes, is_packed=job.classes is None)
@@ -166,9 +160,12 @@ def train(job: Train) -> None:
             preprocessing=_preprocessing(to_train.census),
             seed=job.seed,
         )
-        multiple = model.input_multiple(model.build(begin))
-        if job.augmentation.crop % multiple:
-            raise SettingsError(f"--crop {job.augmentation.crop} must be a multiple of {multiple} for {job.model}")
+        module = model.build(begin)
+        multiple, minimum = model.input_multiple(module), model.input_minimum(module)
+        if job.augmentation.crop % multiple or job.augmentation.crop < minimum:
+            raise SettingsError(
+                f"--crop {job.augmentation.crop} is no multiple of {multiple}, or below {minimum}; {job.model} wants that"
+            )
         weights = balanced_weights(to_train.census.num_pixels.tolist()) if job.class_weights == "balanced" else None
         order = feed.Order(num_images=to_train.index.num_rows, batch_size=job.batch_size, seed=job.seed)
         plan = Plan(
@@ -199,30 +196,35 @@ def train(job: Train) -> None:
         if job.dry_run:
             _fit(plan, threading.Event())
             return
-        journal = Journal(plan.sink)
-        before = journal.training()
-        if before is not None and (others := _differences(before["settings"], _deciding(job))):
-            raise SettingsError(
-                f"{job.sink} holds a training with other settings ({', '.join(others)}); "
-                "give them again to go on with it, or another SINK"
-            )
-        if before is not None and before["status"] in _ENDS:
-            print(f"{job.sink} holds this training, {before['status']}; {BEST} is its best model", flush=True)
-            return
-        _run(job, plan, journal, before)
+        _run(job, plan, lock)
 
 
-def _run(job: Train, plan: Plan, journal: Journal, before: dict[str, Any] | None) -> None:
+def _run(job: Train, plan: Plan, lock: contextlib.ExitStack) -> None:
     """Trains under the sink's lock, and keeps in `training.json` how it stands."""
     from segray.lock import hold
 
-    told: dict[str, Any] = {
-        "command": job.command(),
+    journal, lost = Journal(plan.sink), threading.Event()
+    run_id = f"train-{os.urandom(4).hex()}"
+    lock.enter_context(hold(journal.filesystem, journal.root, run_id, wait_seconds=0.0, say=note, lost=lost.set))
+    decisive = {
         "settings": _deciding(job),
         "classes": plan.classes.to_dict(),
         "data": plan.data,
         "num_steps": plan.num_steps,
         "steps_per_epoch": plan.order.steps_per_epoch,
+    }
+    decisive = json.loads(json.dumps(decisive))  # as it will be read
+    before = journal.training()
+    if before is not None and (others := _differences(before, decisive)):
+        raise SettingsError(
+            f"{job.sink} holds another training ({', '.join(others)}); give the same to go on with it, or another SINK"
+        )
+    if before is not None and before["status"] in _ENDS:
+        print(f"{job.sink} holds this training, {before['status']}; {BEST} is its best model", flush=True)
+        return
+    told: dict[str, Any] = {
+        **decisive,
+        "command": job.command(),
         "seed": job.seed,
         "versions": versions(),
         "workers": job.parallel.workers,
@@ -232,24 +234,23 @@ def _run(job: Train, plan: Plan, journal: Journal, before: dict[str, Any] | None
     def tell(status: str, **more: Any) -> None:
         journal.write("training.json", json.dumps({**told, "status": status, **more}, indent=1).encode())
 
-    lost = threading.Event()
-    run_id = f"train-{os.urandom(4).hex()}"
-    with hold(journal.filesystem, journal.root, run_id, wait_seconds=0.0, say=note, lost=lost.set):
-        tell("running", finished=None, best_epoch=None)
-        status = "failed"
-        try:
-            status = _fit(plan, lost)
-        except KeyboardInterrupt:
-            status = "interrupted"
-            raise
-        finally:
-            if not lost.is_set():  # or another training's words would be replaced
-                epochs = [line for line in journal.metrics() if line["kind"] == "epoch"]
-                best = max(epochs, key=lambda line: line["miou"], default=None)
-                tell(status, finished=_now(), best_epoch=best["epoch"] if best else None)
-    assert best is not None
-    ious = ", ".join(f"{name} {'absent' if iou is None else f'{iou:.3f}'}" for name, iou in best["iou"].items())
-    print(f"mIoU {best['miou']:.3f} ({ious}), epoch {best['epoch']}\nwrote {job.sink.rstrip('/')}/{BEST}", flush=True)
+    tell("running", finished=None, best_epoch=None)
+    status, best = "failed", None
+    try:
+        status = _fit(plan, lost)
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        if not lost.is_set():  # or another training's words would be replaced
+            epochs = [line for line in journal.metrics() if line["kind"] == "epoch"]
+            best = max(epochs, key=lambda line: line["miou"], default=None)
+            tell(status, finished=_now(), best_epoch=best["epoch"] if best else None)
+    if best is not None:
+        ious = ", ".join(f"{name} {'absent' if iou is None else f'{iou:.3f}'}" for name, iou in best["iou"].items())
+        print(
+            f"mIoU {best['miou']:.3f} ({ious}), epoch {best['epoch']}\nwrote {job.sink.rstrip('/')}/{BEST}", flush=True
+        )
 
 
 def _place(job: Train, nodes: Sequence[Mapping[str, Any]]) -> Placement:
@@ -274,14 +275,19 @@ def _place(job: Train, nodes: Sequence[Mapping[str, Any]]) -> Placement:
             "lower --workers, take --device cpu, or give the least and the most (1:8) where nodes are still to come"
         )
     if device == "cuda":
-        beside = sum(r.get("CPU", 0.0) for r in resources if r.get("GPU"))
-        # GPU nodes may have none to ask for, and those that are left have to feed all.
-        worker_cpus = 1.0 if beside >= num_gpus and num_cpus - num_gpus >= 1 else 0.0
-    elif least < most:
-        worker_cpus = 0.6 * min(r["CPU"] for r in resources if r.get("CPU"))  # one a node; the rest feeds it
+        with_gpus = [node for node in resources if node.get("GPU")]
+        # GPU nodes may have no CPUs to ask for, and those that are left have to feed all.
+        has_cpus = all(node.get("CPU", 0.0) >= node["GPU"] for node in with_gpus)
+        worker_cpus = 1.0 if has_cpus and num_cpus - num_gpus >= 1 else 0.0
+        free_cpus = num_cpus - num_gpus * worker_cpus
     else:
-        worker_cpus = 1.0 if num_cpus - least >= 0.5 else num_cpus / (2 * least)
-    free_cpus = num_cpus - least * worker_cpus
+        worker_cpus = min(1.0, num_cpus / (2 * most))  # at least half feeds them
+        free_cpus = num_cpus - most * worker_cpus
+    if job.batch_size // most < job.optimization.accumulate:
+        raise SettingsError(
+            f"--batch-size {job.batch_size} is too small to be shared by {most} workers in "
+            f"{job.optimization.accumulate} parts each; raise it, or lower --workers or --accumulate"
+        )
     return Placement(
         device=device,
         workers=least if least == most else (least, most),
@@ -324,7 +330,15 @@ def _described(split: feed.Split, shards: Mapping[str, int]) -> dict[str, Any]:
         made_by = {"command": fields["command"]} if "command" in fields else {}
     except (OSError, ValueError, TypeError):  # there is none, or it is a plain list of names
         pass
-    return {**made_by, "uri": split.uri, "shards": len(shards), "images": split.index.num_rows}
+    census = split.census
+    return {
+        **made_by,
+        "uri": split.uri,
+        "shards": len(shards),
+        "images": census.num_images,
+        "pixels": census.num_pixels.tolist(),
+        "void": census.num_void,
+    }
 
 
 def _options(settings: Any) -> list[str]:
@@ -353,8 +367,9 @@ def _deciding(job: Train) -> dict[str, Any]:
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What of now was otherwise before."""
     texts: list[str] = []
-    for name in sorted(before.keys() | now.keys()):
+    for name in sorted(now):
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             texts += _differences(old, new)

@@ -17,7 +17,7 @@ import numpy as np
 from segray import feed
 from segray.augment import Augmentation
 from segray.classes import Classes
-from segray.errors import RunError, SegrayError, SettingsError, SinkError
+from segray.errors import RunError, SettingsError
 from segray.journal import BEST, LAST, Journal
 from segray.schedule import Optimization
 from segray.statistics import ConfusionMatrix
@@ -149,7 +149,7 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     try:
         worker = _Worker(plan, config["lines"])
         return {"status": worker.dry_run() if plan.is_dry_run else worker.run(), "fault": ""}
-    except SegrayError as error:
+    except (RunError, SettingsError) as error:  # which all workers raise alike
         return {"status": "failed", "fault": str(error)}
 
 
@@ -197,12 +197,22 @@ class _Worker:
     def run(self) -> str:
         """All that is left of the training; how it ended."""
         plan, learner = self._plan, self._learner
-        if self._journal.training() is None:
-            raise SinkError(f"{plan.sink} cannot be seen from a worker's node; give a SINK that all nodes share")
-        if (state := self._journal.newest_state()) is not None:
-            learner.load(*state)
+        self._agree(
+            "" if self._journal.training() else f"{plan.sink} cannot be seen from all nodes; share it, or give a URI"
+        )
+        # One decides, as what is newest may change while they look.
+        [name] = self._gathered(self._journal.newest_state() if self._rank == 0 else None)[:1]
+        if name is not None:
+            learner.load(*self._journal.read_state(name))
             self._metrics = [line for line in self._journal.metrics() if line["step"] <= learner.num_steps_done]
             self._say(f"goes on from step {learner.num_steps_done} of {plan.num_steps}")
+        try:
+            return self._learn()
+        finally:
+            self._journal.finish()
+
+    def _learn(self) -> str:
+        plan, learner = self._plan, self._learner
         steps_per_epoch = plan.order.steps_per_epoch
         log_steps = min(max(steps_per_epoch // _LOGS_PER_EPOCH, 1), _MAX_LOG_STEPS)
         status = "stopped early" if self._is_stuck() else "finished"
@@ -221,8 +231,21 @@ class _Worker:
             if is_end and self._is_stuck():
                 status = "stopped early"
                 break
-        self._journal.finish()
         return status
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """That of each worker, by rank."""
+        import torch
+
+        of_all: list[Any] = [value] * self._num_workers
+        if self._num_workers > 1:
+            torch.distributed.all_gather_object(of_all, value)
+        return of_all
+
+    def _agree(self, fault: str) -> None:
+        """Ends all workers where one has a fault: on its own it would leave the others waiting."""
+        if faults := [text for text in self._gathered(fault) if text]:
+            raise RunError(faults[0])
 
     def dry_run(self) -> str:
         """A few steps, and what they tell of all."""
@@ -285,7 +308,8 @@ class _Worker:
             index = self._plan.to_train.index.take(batch)
             uris = [f"{row['shard']}#{row['name']}" for row in index.to_pylist()]
             raise RunError(
-                f"the loss is {float(losses[first])} in step {step}; a lower --learning-rate, or --clip 1, may help. "
+                f"the loss is {float(losses[first])} in step {step}; a lower --learning-rate, or --clip 1, and "
+                "another SINK may help. "
                 f"Its images: {', '.join(uris)}"
             )
         self._metrics.append(
@@ -365,14 +389,17 @@ class _Worker:
 
         plan, classes = self._plan, self._plan.classes
         trained = self._learner.checkpoint()
+        before = torch.backends.cudnn.allow_tf32
         predictor = Predictor(trained.to_bytes, device=self._device, dtype=plan.parallel.dtype)
-        confusion, seen = ConfusionMatrix.zeros(len(classes)), []
+        torch.backends.cudnn.allow_tf32 = before  # a label's float32 is exact; the steps' is what they began with
+        confusion, seen, fault = ConfusionMatrix.zeros(len(classes)), [], ""
         mine = rows[self._rank :: self._num_workers]
         found = feed.samples(plan.to_validate, classes, mine, task_cpus=plan.placement.task_cpus, limits=self._limits)
         while some := list(islice(found, _VALIDATION_BATCH)):
             for sample, prediction in zip(some, predictor.predict([s["image"] for s in some]), strict=True):
                 if not isinstance(prediction, Prediction):
-                    raise RunError(f"{sample['uri']}: {prediction}; a lower --learning-rate may help")
+                    fault = f"{sample['uri']}: {prediction}; a lower --learning-rate may help"
+                    continue
                 of_image = ConfusionMatrix.of(
                     sample["target"], prediction.label_map, len(classes), classes.ignore_index
                 )
@@ -380,19 +407,25 @@ class _Worker:
                 miou, accuracy = of_image.miou(), of_image.pixel_accuracy()
                 if not np.isnan(miou):
                     seen.append({"uri": sample["uri"], "miou": round(miou, 4), "pixel_accuracy": round(accuracy, 4)})
+        self._agree(fault)
         if self._num_workers > 1:
             counts = torch.from_numpy(confusion.counts).to(self._device)
             torch.distributed.all_reduce(counts)
             confusion = ConfusionMatrix(counts.cpu().numpy())
-            of_all: list[Any] = [None] * self._num_workers
-            torch.distributed.all_gather_object(of_all, seen)
-            seen = [image for of_worker in of_all for image in of_worker]
+        seen = [image for of_worker in self._gathered(seen) for image in of_worker]
         worst = sorted(seen, key=lambda image: (image["miou"], image["uri"]))[:_NUM_WORST]
         return confusion, worst, trained
 
     def _save(self) -> None:
         """Has all that training goes on from written behind what was known before."""
+        import torch
+
         tensors, scalars = self._learner.state()
+        if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+            raise RunError(
+                f"after step {scalars['step']} the weights are no numbers any more, though its loss was; "
+                "give a lower --learning-rate, or --clip 1, and another SINK"
+            )
         if self._rank == 0:
             self._journal.later(functools.partial(self._journal.write_state, tensors, scalars))
         self._watch = time.monotonic()

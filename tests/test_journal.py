@@ -31,6 +31,11 @@ TENSORS = {
 SCALARS = {"step": 7, "scaler": {"scale": 65536.0, "factor": 0.1 + 0.2, "growth": None}, "names": ["sky", "Straße"]}
 
 
+def newest(journal: Journal) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    name = journal.newest_state()
+    return None if name is None else journal.read_state(name)
+
+
 @pytest.fixture(params=["disk", "s3"])
 def sink(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "disk":
@@ -89,7 +94,7 @@ def test_metrics_are_read_as_they_were_written(sink: str) -> None:
 def test_a_state_comes_back_exactly(sink: str) -> None:
     journal = Journal(sink)
     journal.write_state(TENSORS, SCALARS)
-    found = Journal(sink).newest_state()
+    found = newest(Journal(sink))
     assert found is not None
     tensors, scalars = found
     assert scalars == SCALARS
@@ -104,7 +109,7 @@ def test_the_newest_state_counts_and_the_newest_two_are_kept(sink: str) -> None:
     journal = Journal(sink)
     for step, kept in ((9, [9]), (10, [9, 10]), (99, [10, 99]), (100_000, [99, 100_000]), (1_234_567, None)):
         save(journal, step)
-        found = journal.newest_state()
+        found = newest(journal)
         assert found is not None
         assert found[1] == {"step": step}
         assert found[0]["weight"].tolist() == [step, step]
@@ -121,7 +126,7 @@ def test_what_is_no_whole_state_is_left_alone(sink: str) -> None:
     assert journal.newest_state() is None
     for step in range(1, 5):
         save(journal, step)
-    found = journal.newest_state()
+    found = newest(journal)
     assert found is not None
     assert found[1] == {"step": 4}
     assert set(states(journal)) == {*others, "notes.txt", "step-00000003.safetensors", "step-00000004.safetensors"}
@@ -233,7 +238,7 @@ def test_an_old_state_that_cannot_be_removed_is_told(tmp_path: Path) -> None:
     save(journal, 2)
     with pytest.raises(SinkError, match=r"step-00000001\.safetensors cannot be removed"):
         save(journal, 3)
-    found = journal.newest_state()
+    found = newest(journal)
     assert found is not None
     assert found[1] == {"step": 3}
 

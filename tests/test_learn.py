@@ -247,13 +247,17 @@ def process(rank: int, port: int, folder: str) -> None:
         if rank == 0:
             found = {"losses": losses, "state": tensors, "checkpoint": dict(trained.tensors), "taken up": taken_up}
             torch.save(found | {"halfway": halfway[0], "scalars": halfway[1]}, f"{folder}/{strategy}.pth")
-    # Layers that lead nowhere, and a second head.
+    # Layers that lead nowhere, batch norms in the average, and a second head.
+    whole = dataclasses.replace(settings, accumulate=1)  # a batch norm wants two values
     shallow = begin("unet_tu-mobilenetv3_small_050", encoder_depth=3, decoder_channels=[16, 8, 8])
     for strategy in LOSSES:
-        ours = learner(shallow, settings, strategy=strategy, auxiliary=0.4)
+        ours = learner(shallow, whole, strategy=strategy, auxiliary=0.4)
         for step in range(2):
             images, targets = (values[:2] if rank == 0 else values[2:] for values in batch(step))
             assert torch.isfinite(ours.step(images, targets))
+        held: list[Any] = [None, None]
+        dist.all_gather_object(held, ours.checkpoint().digest())
+        assert held[0] == held[1], "the statistics of batch norms too"
     dist.destroy_process_group()
 
 

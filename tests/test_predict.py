@@ -512,7 +512,7 @@ def test_tiles_that_do_not_fit_together_go_one_at_a_time_and_then_the_image_is_a
 
 @pytest.mark.parametrize("resize", [None, 24])
 def test_a_crf_refines_images_at_their_own_size(resize: int | None) -> None:
-    crf = Crf(theta_beta=20)
+    crf = Crf(theta_beta=20.0)
     preprocessing = dataclasses.replace(IDENTITY, resize=resize)
     images = photos((40, 50), (33, 61), (40, 50))
     predictions = only(with_module(PerPixel(), preprocessing, crf=crf).predict(images))
