@@ -164,7 +164,7 @@ def train(job: Train) -> None:
         multiple, minimum = model.input_multiple(module), model.input_minimum(module)
         if job.augmentation.crop % multiple or job.augmentation.crop < minimum:
             raise SettingsError(
-                f"--crop {job.augmentation.crop} is no multiple of {multiple}, or below {minimum}; {job.model} wants that"
+                f"--crop {job.augmentation.crop} is no multiple of {multiple}, or below {minimum}, for {job.model}"
             )
         weights = balanced_weights(to_train.census.num_pixels.tolist()) if job.class_weights == "balanced" else None
         order = feed.Order(num_images=to_train.index.num_rows, batch_size=job.batch_size, seed=job.seed)
