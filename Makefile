@@ -25,7 +25,8 @@ demo: install
 test: lint
 	pytest --numprocesses 2 --dist loadfile
 
-# The long forms: CamVid at full size; on a cluster training, and models on pretended GPUs.
+# The long forms: CamVid at full size, each architecture by heart; trainings that are stopped, lost nodes, models on
+# pretended GPUs.
 test-slow: install
 	pytest -m slow
 

@@ -143,8 +143,9 @@ def refine(
         near = math.exp(-squared / (2 * crf.theta_gamma**2))
         return weights.addcmul_(smoothness_share[here], smoothness_share[there], value=near)
 
-    size_bytes = len(neighbours) * len(inside) * logits.element_size()
-    kernel = functools.cache(both) if size_bytes <= _WEIGHTS_BYTES else both
+    # A block's weights begin a distance before it, for its messages from there.
+    num_weights = sum(len(inside) + distance * len(blocks) for distance, _ in neighbours)
+    kernel = functools.cache(both) if num_weights * logits.element_size() <= _WEIGHTS_BYTES else both
     unary = laid_out(logits)
     probabilities, updated = unary.softmax(0), torch.zeros_like(unary)
     for _ in range(crf.num_iterations):

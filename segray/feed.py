@@ -8,7 +8,7 @@ are or on where training began, and in an epoch no image comes twice; the few th
 import functools
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,10 @@ from segray.pairs import SHAPE, Census, decode_pair, read, read_index, survey
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` waits for none
     from torch import Tensor
 
-__all__ = ["Order", "Split", "batches", "find", "samples", "surveyed"]
+__all__ = ["Order", "Split", "Tasks", "batches", "find", "pairs", "surveyed"]
 
 _STEPS_PER_EXECUTION = 1000
-_SAMPLES_PER_TASK = 4
+_PAIRS_PER_TASK = 4
 _BATCHES_AHEAD = 2
 
 
@@ -69,6 +69,18 @@ class Order:
         epoch, number = divmod(step, self.steps_per_epoch)
         first = number * self.batch_size
         return _permutation(self.seed, epoch, self.num_images)[first : first + self.batch_size]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tasks:
+    """What those that feed one worker may take of the cluster."""
+
+    num_cpus: float
+    """That each asks for."""
+    concurrency: int
+    """How many run at once."""
+    store_bytes: float
+    """Of the object store, for what they have made."""
 
 
 @functools.lru_cache(2)
@@ -131,8 +143,7 @@ def batches(
     steps: range,
     rank: int,
     num_workers: int,
-    task_cpus: float,
-    limits: Any,
+    tasks: Tasks,
 ) -> Iterator[dict[str, "Tensor"]]:
     """A worker's share of each step, read, decoded and augmented by Ray Data on the cluster's CPUs.
 
@@ -144,8 +155,7 @@ def batches(
         steps: which ones.
         rank: of the worker.
         num_workers: of them all.
-        task_cpus: what a task asks for.
-        limits: what all tasks of this worker may use: `ray.data.ExecutionResources`.
+        tasks: that feed this worker.
 
     Yields:
         `image`, (share, crop, crop, 3) uint8; `target`, (share, crop, crop) class ids; `row`, those of the index.
@@ -171,22 +181,18 @@ def batches(
     for first in range(steps.start, steps.stop, _STEPS_PER_EXECUTION):
         some = steps[first - steps.start : first - steps.start + _STEPS_PER_EXECUTION]
         # Not `ray.data.range`, whose read tasks would want a whole CPU.
-        stream = _ordered(ray.data.from_items(list(some), override_num_blocks=len(some)), limits)
-        loaded = stream.map_batches(load, batch_size=1, num_cpus=task_cpus)
+        loaded = _mapped(ray.data.from_items(list(some), override_num_blocks=len(some)), load, 1, tasks)
         yield from loaded.iter_torch_batches(batch_size=None, prefetch_batches=_BATCHES_AHEAD)
 
 
-def samples(
-    split: Split, classes: Classes, rows: Sequence[int], *, task_cpus: float, limits: Any
-) -> Iterator[dict[str, Any]]:
+def pairs(split: Split, classes: Classes, rows: Sequence[int], tasks: Tasks) -> Iterator[dict[str, Any]]:
     """Whole images and their targets, read and decoded by Ray Data.
 
     Args:
         split: where they are.
         classes: of its targets.
         rows: of the split's index.
-        task_cpus: as `batches` takes it.
-        limits: likewise.
+        tasks: that feed this worker.
 
     Yields:
         `uri`, `image`, (height, width, 3) uint8, and `target`, (height, width) class ids.
@@ -202,15 +208,19 @@ def samples(
             image, target = decode_pair(uri, image_data, target_data, classes)
             yield {"uri": [uri], "image": [image], "target": [target]}
 
-    num_blocks = -(-len(rows) // _SAMPLES_PER_TASK)
-    stream = _ordered(ray.data.from_items([int(row) for row in rows], override_num_blocks=num_blocks), limits)
-    yield from stream.map_batches(load, batch_size=_SAMPLES_PER_TASK, num_cpus=task_cpus).iter_rows()
+    num_blocks = -(-len(rows) // _PAIRS_PER_TASK)
+    items = ray.data.from_items([int(row) for row in rows], override_num_blocks=num_blocks)
+    yield from _mapped(items, load, _PAIRS_PER_TASK, tasks).iter_rows()
 
 
-def _ordered(stream: Any, limits: Any) -> Any:
-    stream.context.execution_options.preserve_order = True
-    stream.context.execution_options.resource_limits = limits
-    return stream
+def _mapped(items: Any, load: Callable[..., Any], batch_size: int, tasks: Tasks) -> Any:
+    """What `load` makes of a dataset's batches, in its order."""
+    import ray
+
+    options = items.context.execution_options
+    options.preserve_order = True
+    options.resource_limits = ray.data.ExecutionResources(object_store_memory=tasks.store_bytes)
+    return items.map_batches(load, batch_size=batch_size, num_cpus=tasks.num_cpus, concurrency=tasks.concurrency)
 
 
 def _listed(uri: str) -> dict[str, int]:

@@ -22,6 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fsspec.implementations.local import LocalFileSystem
+
 from segray.errors import SinkError
 from segray.retry import retrying
 from segray.source import filesystem
@@ -36,6 +38,7 @@ _NUM_STATES = 2
 _MAX_WAITING = 8
 _METADATA_KEY = "segray.state"
 _STATE = re.compile(r"step-\d{8}\.safetensors")
+_TEMPORARY = re.compile(r"\.[\w.-]+\.(safetensors|jsonl?|segray)\.\w+\.tmp")
 
 
 class Journal:
@@ -83,6 +86,17 @@ class Journal:
             put(self.filesystem, f"{self.root}/{name}", data)
         except Exception as error:  # as above
             raise SinkError(f"{self._sink}/{name} cannot be written: {type(error).__name__}: {error}") from error
+
+    def sweep(self) -> None:
+        """Removes what writers that were killed have left half written.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
+        if isinstance(self.filesystem, LocalFileSystem):  # elsewhere nothing is half there
+            for path in self.filesystem.find(self.root):
+                if _TEMPORARY.fullmatch(path.rpartition("/")[2]):
+                    self.filesystem.rm_file(path)
 
     def training(self) -> dict[str, Any] | None:
         """What `training.json` says."""

@@ -28,7 +28,7 @@ from tyro.conf import Positional
 import segray
 from segray import metrics, progress
 from segray.classes import Classes
-from segray.decode import decode
+from segray.decode import MAX_PIXELS, decode
 from segray.errors import Reject, RunError, SettingsError, SinkError, SourceError
 from segray.labelmap import dtype_for, encode_png
 from segray.progress import Fetched, Ledger, Snapshot, Totals, is_json, note, print_table, say, say_as, watch
@@ -99,7 +99,7 @@ class Label:
     column: str | None = None
     """Column of URIs in a manifest, or of image bytes in Parquet shards; None: it is found."""
 
-    max_pixels: int = 178_956_970
+    max_pixels: int = MAX_PIXELS
     """Images with more pixels are rejected before they are decoded."""
 
     max_rejects: float = 0.1

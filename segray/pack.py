@@ -57,7 +57,7 @@ from segray.classes import Classes
 from segray.datasets import KINDS, Pair, ToTarget, open_dataset, read
 from segray.datasets.dataset import unreadable_is_a_reject
 from segray.datasets.tree import safe_name
-from segray.decode import decode
+from segray.decode import MAX_PIXELS, decode
 from segray.errors import Reject, RunError, SettingsError, SinkError, SourceError
 from segray.labelmap import decode_png, encode_png
 from segray.lock import hold
@@ -80,7 +80,6 @@ _PACKING = 1  # to be raised with any change of code that packs other shards
 _IMAGES, _LABELS = "images", "labels"  # what is packed beside the kinds of data sets
 _MIN_CONFIDENCE = 0.9
 _ROUNDING = 1e-9  # of a mean of floats
-_MAX_PIXELS = 178_956_970  # as the label job has it
 _ROWS_PER_GROUP = 8  # what is read for one pair
 _TASKS_IN_FLIGHT = 256
 _THREADS = 8
@@ -619,7 +618,7 @@ def _load_images(
     entries, names = items
 
     def load(data: bytes) -> _Loaded:
-        return data, decode(data, _MAX_PIXELS), None
+        return data, decode(data, MAX_PIXELS), None
 
     for fetched, _ in fetch(entries, done=_NONE_DONE, column=column):
         loadables: list[_Loadable] = []
@@ -695,7 +694,7 @@ def _load_labels(
     def load(data: bytes, label_map: bytes, uri: str) -> _Loaded:
         with unreadable_is_a_reject(f"the label map of {uri}"):
             target = decode_png(label_map)
-        return data, decode(data, _MAX_PIXELS), target
+        return data, decode(data, MAX_PIXELS), target
 
     objects = list(dict.fromkeys(_object(uri) for uri, _ in left))
     nulls = [None] * len(objects)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float64, Int64, UInt, UInt8
 
 from segray.classes import Classes
-from segray.decode import decode
+from segray.decode import MAX_PIXELS, decode
 from segray.errors import Reject, SourceError
 from segray.labelmap import decode_png
 from segray.retry import ShortRead, retrying
@@ -63,7 +63,6 @@ INDEX = pa.schema(
 
 # What gzip, bzip2 and xz begin with.
 _COMPRESSED = re.compile(rb"\x1f\x8b|BZh[1-9]1AY&SY|\xfd7zXZ\0")
-_MAX_PIXELS = 200_000_000
 _OPEN_SHARDS = 32
 _BYTES = (pa.binary(), pa.large_binary(), pa.binary_view())
 
@@ -213,7 +212,7 @@ def decode_pair(uri: str, image_data: bytes, target_data: bytes, classes: Classe
         SourceError: one of them cannot be decoded, they differ in size, or an id is no class and not void.
     """
     try:
-        image = decode(image_data, _MAX_PIXELS)
+        image = decode(image_data, MAX_PIXELS)
     except Reject as error:
         raise SourceError(f"{uri}: the image cannot be decoded: {error.reason}") from error
     try:

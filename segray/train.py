@@ -42,8 +42,10 @@ if TYPE_CHECKING:  # torch and Ray take seconds to import, and `--help` waits fo
 
 __all__ = ["Train", "train"]
 
-_MAX_FAILURES = 3
+_MAX_FAILURES = 3  # one after the other, without a new state
 _RESIZE_SECONDS = 600.0
+_MAX_WORKER_CPUS = 0.9
+_TASK_CPUS_BESIDE_WORKERS = 0.05
 _ENDS = ("finished", "stopped early")
 _PORTABLE = ("sink", "dry_run", "parallel", "patience", "save_steps")
 """Settings that may be others when a training goes on."""
@@ -234,10 +236,11 @@ def _run(job: Train, plan: Plan, lock: contextlib.ExitStack) -> None:
     def tell(status: str, **more: Any) -> None:
         journal.write("training.json", json.dumps({**told, "status": status, **more}, indent=1).encode())
 
+    journal.sweep()
     tell("running", finished=None, best_epoch=None)
     status, best = "failed", None
     try:
-        status = _fit(plan, lost)
+        status = _fit_on(job, plan, lost, journal)
     except KeyboardInterrupt:
         status = "interrupted"
         raise
@@ -280,8 +283,10 @@ def _place(job: Train, nodes: Sequence[Mapping[str, Any]]) -> Placement:
         has_cpus = all(node.get("CPU", 0.0) >= node["GPU"] for node in with_gpus)
         worker_cpus = 1.0 if has_cpus and num_cpus - num_gpus >= 1 else 0.0
         free_cpus = num_cpus - num_gpus * worker_cpus
+        task_cpus = min(1.0, free_cpus / (2 * least))
     else:
-        worker_cpus = min(1.0, num_cpus / (2 * most))  # at least half feeds them
+        # At least half feeds them, and where a worker has taken the last whole CPU there is room for tasks.
+        worker_cpus, task_cpus = min(_MAX_WORKER_CPUS, num_cpus / (2 * most)), _TASK_CPUS_BESIDE_WORKERS
         free_cpus = num_cpus - most * worker_cpus
     if job.batch_size // most < job.optimization.accumulate:
         raise SettingsError(
@@ -292,7 +297,7 @@ def _place(job: Train, nodes: Sequence[Mapping[str, Any]]) -> Placement:
         device=device,
         workers=least if least == most else (least, most),
         worker_cpus=worker_cpus,
-        task_cpus=min(1.0, free_cpus / (2 * least)),
+        task_cpus=task_cpus,
         free_cpus=free_cpus,
         store_bytes=sum(r.get("object_store_memory", 0.0) for r in resources),
     )
@@ -398,6 +403,29 @@ def _tell(plan: Plan, begin: "Checkpoint", fresh: Sequence[str]) -> None:
         print(f"begins with {begin.origin['weights']} weights; random is {shown}", flush=True)
 
 
+class _BrokenOff(RunError):
+    """Workers ended without a word, as where their node was lost."""
+
+
+def _fit_on(job: Train, plan: Plan, lost: threading.Event, journal: Journal) -> str:
+    """Has `_fit` go on where workers were lost, as often as that happens while the training moves."""
+    import ray
+
+    failures = 0
+    while True:
+        before = journal.newest_state()
+        try:
+            return _fit(plan, lost)
+        except _BrokenOff as error:
+            failures = failures + 1 if journal.newest_state() == before else 0
+            if failures > _MAX_FAILURES:
+                raise RunError(f"{error}; the same command goes on") from error
+            note(f"{error}; goes on by itself")
+        if plan.placement.device == "cpu":  # workers that need a GPU each wait for it
+            nodes = ray.nodes()  # type: ignore[no-untyped-call]
+            plan = dataclasses.replace(plan, placement=_place(job, nodes))
+
+
 def _fit(plan: Plan, lost: threading.Event) -> str:
     """Runs `train_on_worker` through Ray Train, and prints the lines that it sends, unless the lock is lost.
 
@@ -424,11 +452,14 @@ def _fit(plan: Plan, lost: threading.Event) -> str:
             scaling_config=ScalingConfig(
                 num_workers=placement.workers,  # type: ignore[arg-type]  # Ray's annotation forgets the range
                 use_gpu=placement.device == "cuda",
+                # A worker on CPUs computes on all of its machine's.
+                placement_strategy="PACK" if placement.device == "cuda" else "SPREAD",
                 resources_per_worker={"CPU": placement.worker_cpus, "GPU": int(placement.device == "cuda")},
                 elastic_resize_monitor_interval_s=_RESIZE_SECONDS,  # type: ignore[call-arg]  # of V2, which is what runs
             ),
             run_config=RunConfig(  # a folder for Ray's own notes; ours are in the sink
-                storage_path=folder, failure_config=FailureConfig(max_failures=0 if plan.is_dry_run else _MAX_FAILURES)
+                storage_path=folder,
+                failure_config=FailureConfig(max_failures=0),  # `_fit_on` knows whether the training moves
             ),
         )
         try:
@@ -449,7 +480,7 @@ def _fit(plan: Plan, lost: threading.Event) -> str:
     if isinstance(ended, BaseException):
         failures: dict[int, BaseException] = getattr(ended, "worker_failures", {})
         cause = next(iter(failures.values()), ended)
-        raise RunError(f"training broke off: {root_cause(cause)}; the same command goes on") from ended
+        raise _BrokenOff(f"training broke off: {root_cause(cause)}") from ended
     if ended["fault"]:
         raise RunError(ended["fault"])
     status: str = ended["status"]

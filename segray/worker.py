@@ -35,7 +35,9 @@ _LOGS_PER_EPOCH = 10
 _MAX_LOG_STEPS = 50
 _NUM_WORST = 16
 _DRY_STEPS = 8
+_DRY_IMAGES = 8
 _VALIDATION_BATCH = 16
+_MIN_TASKS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +52,8 @@ class Parallel:
     """How many, each with a GPU where there are any: a number, or the least and the most, e.g. 2:8, which then follow
     what the cluster has. None: one a GPU, or one."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """Whether each worker holds the whole model (DDP) or a piece of it (FSDP2), for models too large for a GPU."""
+    """Whether each worker holds the whole model (DDP) or a piece of it (FSDP2), where gradients and the state of the
+    optimiser leave a GPU too little room."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: GPUs where the cluster has any."""
     dtype: _DTYPE = "float32"
@@ -94,6 +97,14 @@ class Placement:
     """For tasks, of all workers."""
     store_bytes: float
     """Of the cluster's object store."""
+
+    def tasks(self, num_workers: int) -> feed.Tasks:
+        """Those that feed one of so many workers."""
+        return feed.Tasks(
+            num_cpus=self.task_cpus,
+            concurrency=max(int(self.free_cpus / num_workers), _MIN_TASKS),
+            store_bytes=self.store_bytes / (2 * num_workers),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -158,7 +169,6 @@ class _Worker:
 
     def __init__(self, plan: Plan, lines: Any) -> None:
         """Builds the model, and takes up where the sink's newest state is."""
-        import ray.data
         import ray.train
         import ray.train.torch
 
@@ -184,10 +194,7 @@ class _Worker:
             sync_batch_norm=plan.parallel.sync_batch_norm,
             seed=plan.seed,
         )
-        self._limits = ray.data.ExecutionResources(
-            cpu=max(plan.placement.free_cpus / self._num_workers, plan.placement.task_cpus),
-            object_store_memory=plan.placement.store_bytes / (2 * self._num_workers),
-        )
+        self._tasks = plan.placement.tasks(self._num_workers)
         self._journal = Journal(plan.sink)
         self._metrics: list[dict[str, Any]] = []
         self._losses: list[torch.Tensor] = []
@@ -259,9 +266,11 @@ class _Worker:
             float(learner.step(batch["image"], batch["target"].long()))
             seconds.append(time.monotonic() - begin)
         step_seconds = float(np.median(seconds[1:] or seconds))
-        row = self._plan.to_validate.index.num_rows - 1
+        num_to_validate = plan.to_validate.index.num_rows
+        some = range(min(_DRY_IMAGES * self._num_workers, num_to_validate))
         begin = time.monotonic()
-        self._confusion(range(row, row + 1))
+        self._confusion(some)
+        validation_seconds = (time.monotonic() - begin) * num_to_validate / len(some)
         if self._device == "cpu":
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # which Linux gives in KiB
             memory = f"{peak / 2**30:.1f} GiB of memory at most"
@@ -273,8 +282,9 @@ class _Worker:
             f"a worker uses {memory}"
         )
         self._say(
-            f"{plan.num_epochs} epochs of {order.steps_per_epoch} steps: {plan.num_steps * step_seconds / 60:.1f} min, "
-            f"and {plan.to_validate.index.num_rows} images are validated after each; nothing was written"
+            f"{plan.num_epochs} epochs of {order.steps_per_epoch} steps: {plan.num_steps * step_seconds / 60:.1f} min; "
+            f"validation on {num_to_validate} images after each: {plan.num_epochs * validation_seconds / 60:.1f} min "
+            "at most; nothing was written"
         )
         return "finished"
 
@@ -288,8 +298,7 @@ class _Worker:
             steps=steps,
             rank=self._rank,
             num_workers=self._num_workers,
-            task_cpus=plan.placement.task_cpus,
-            limits=self._limits,
+            tasks=self._tasks,
         )
 
     def _log(self) -> None:
@@ -394,7 +403,7 @@ class _Worker:
         torch.backends.cudnn.allow_tf32 = before  # a label's float32 is exact; the steps' is what they began with
         confusion, seen, fault = ConfusionMatrix.zeros(len(classes)), [], ""
         mine = rows[self._rank :: self._num_workers]
-        found = feed.samples(plan.to_validate, classes, mine, task_cpus=plan.placement.task_cpus, limits=self._limits)
+        found = feed.pairs(plan.to_validate, classes, mine, self._tasks)
         while some := list(islice(found, _VALIDATION_BATCH)):
             for sample, prediction in zip(some, predictor.predict([s["image"] for s in some]), strict=True):
                 if not isinstance(prediction, Prediction):

@@ -15,6 +15,7 @@ from segray.feed import Order
 from segray.pairs import survey, write_index
 
 NUM_SCENES = 12
+TASKS = feed.Tasks(num_cpus=0.5, concurrency=2, store_bytes=2**28)
 EXACT = Augmentation(crop=64, scale=(1.0, 1.0), rotation=0.0, colour=0.0, blur=0.0)
 
 
@@ -54,10 +55,7 @@ def test_each_epoch_has_an_order_of_its_own_that_the_seed_decides() -> None:
 
 
 def stream(split: feed.Split, steps: range, rank: int = 0, num_workers: int = 1) -> list[dict[str, np.ndarray]]:
-    import ray.data
-
     order = Order(num_images=split.index.num_rows, batch_size=5, seed=3)
-    limits = ray.data.ExecutionResources(cpu=2, object_store_memory=2**28)
     found = feed.batches(
         split,
         CLASSES,
@@ -66,8 +64,7 @@ def stream(split: feed.Split, steps: range, rank: int = 0, num_workers: int = 1)
         steps=steps,
         rank=rank,
         num_workers=num_workers,
-        task_cpus=0.5,
-        limits=limits,
+        tasks=TASKS,
     )
     return [{name: tensor.numpy() for name, tensor in batch.items()} for batch in found]
 
@@ -92,15 +89,12 @@ def test_what_a_step_sees_does_not_depend_on_workers_or_on_where_it_began(fields
 
 
 def test_whole_images_come_in_their_order(fields: Path, ray_cluster: None) -> None:
-    import ray.data
-
     split = feed.surveyed(str(fields), feed.find(str(fields), str(fields))[0], CLASSES, is_packed=True)
-    limits = ray.data.ExecutionResources(cpu=2, object_store_memory=2**28)
-    found = list(feed.samples(split, CLASSES, range(1, NUM_SCENES, 2), task_cpus=0.5, limits=limits))
-    assert [sample["uri"].rpartition("#")[2] for sample in found] == [f"scene-{n:07d}" for n in range(1, NUM_SCENES, 2)]
-    for seed, sample in zip(range(1, NUM_SCENES, 2), found, strict=True):
-        np.testing.assert_array_equal(sample["target"], demo.scene(seed)[1])
-        assert sample["image"].shape == (*sample["target"].shape, 3)
+    found = list(feed.pairs(split, CLASSES, range(1, NUM_SCENES, 2), TASKS))
+    assert [pair["uri"].rpartition("#")[2] for pair in found] == [f"scene-{n:07d}" for n in range(1, NUM_SCENES, 2)]
+    for seed, pair in zip(range(1, NUM_SCENES, 2), found, strict=True):
+        np.testing.assert_array_equal(pair["target"], demo.scene(seed)[1])
+        assert pair["image"].shape == (*pair["target"].shape, 3)
 
 
 def test_folders_named_train_and_val_are_what_they_say(fields: Path, tmp_path: Path) -> None:

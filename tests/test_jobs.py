@@ -21,7 +21,7 @@ from segray.cli import JOBS, main
 from segray.demo import Draw, draw
 
 ROOT = Path(__file__).parents[1]
-NUM_PHOTOS = 1000
+NUM_PHOTOS = 600
 
 OPTIONS = {
     "label": [
@@ -162,7 +162,6 @@ def test_the_demo_in_small_labels_evaluates_and_reports(scenes: Path, tmp_path: 
     assert evaluation["miou"] > 0.85
     run("jobs/report.py", labels)
     assert "<html" in (tmp_path / "labels/report.html").read_text()
-    assert "already there │ 12" in run(str(Path(sys.executable).with_name("segray")), "label", *label[1:]).stdout
 
 
 def test_ctrl_c_keeps_what_is_committed_and_the_same_command_goes_on(scenes: Path, tmp_path: Path) -> None:

@@ -123,26 +123,15 @@ def read_by_duckdb(sink: str, statistics: pa.Table) -> None:
     assert {name: int(total) for name, total in by_class} == {r["class_name"]: r["num_pixels_sum"] for r in expected}
 
 
-FORMS = {
-    "unet_resnet18": ["loose", "tar", "parquet"],
-    "pspnet_resnet18": ["tar"],
-    "deeplabv3_mobilenet_v3_large": ["parquet"],
-    "fcn_resnet50": ["loose"],
-}
-
-
-@pytest.mark.parametrize("name", FORMS)
 def test_loose_tar_and_parquet_on_s3_give_the_same_label_maps(
-    name: str, frames_on_s3: dict[str, str], tmp_path: Path, s3: Server, ray_cluster: None
+    frames_on_s3: dict[str, str], tmp_path: Path, s3: Server, ray_cluster: None
 ) -> None:
-    """The short form: the three forms with one model, and each other model with one of them."""
-    frames = {form: frames_on_s3[form] for form in FORMS[name]}
-    label_frames(frames, name, 96, tmp_path, "s3://segray/camvid-labels")
+    label_frames(frames_on_s3, "unet_resnet18", 96, tmp_path, "s3://segray/camvid-labels")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", ["unet_resnet18", "pspnet_resnet18", "deeplabv3_mobilenet_v3_large", "fcn_resnet50"])
 def test_loose_tar_and_parquet_on_s3_give_the_same_label_maps_at_full_size(
     name: str, frames_on_s3: dict[str, str], tmp_path: Path, s3: Server, ray_cluster: None
 ) -> None:
@@ -244,6 +233,7 @@ def test_missing_and_forbidden_images_of_a_manifest_are_rejects(
     assert newest_run(sink)["counts"]["labelled"] == 2
 
 
+@pytest.mark.slow
 def test_what_a_manifest_named_in_vain_loses_its_reject_when_it_is_there(
     photos: Path, tmp_path: Path, small_model: str, ray_cluster: None
 ) -> None:
@@ -298,7 +288,7 @@ def test_members_of_a_shard_that_are_done_are_skipped_and_the_counts_add_up(
     assert newest_run(sink)["counts"] == {"seen": 9, "labelled": 0, "rejected": 0, "present": 9, "other_files": 0}
 
 
-@pytest.mark.parametrize("by_manifest", [False, True])
+@pytest.mark.parametrize("by_manifest", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_shard_of_which_all_is_done_is_not_opened(
     by_manifest: bool, tmp_path: Path, small_model: str, ray_cluster: None
 ) -> None:
@@ -337,6 +327,7 @@ def test_a_shard_of_which_all_is_done_is_not_opened(
     assert newest_run(str(sink))["counts"]["present"] == 0, "a note that cannot be read says nothing"
 
 
+@pytest.mark.slow
 def test_another_tiling_is_another_recipe_beside_the_first(
     photos: Path, tmp_path: Path, small_model: str, ray_cluster: None
 ) -> None:
@@ -450,6 +441,7 @@ def test_rejects_are_taken_up_again_on_request_and_their_rows_replaced(
     assert read_store(sink, "label_maps").num_rows == 10
 
 
+@pytest.mark.slow
 def test_a_run_ends_at_its_bound_and_the_next_goes_on(
     photos: Path, tmp_path: Path, small_model: str, ray_cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -480,6 +472,7 @@ def test_a_dry_run_counts_and_does_nothing(
     assert not (tmp_path / "labels").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_tells_time_and_cost_by_a_sample_or_by_the_last_run(
     photos: Path, tmp_path: Path, small_model: str, ray_cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -525,6 +518,7 @@ def test_a_sink_in_use_is_refused_with_its_holders_name(photos: Path, tmp_path: 
     assert {path.name for path in sink.iterdir()} == {"lock"}
 
 
+@pytest.mark.slow
 def test_a_run_in_which_nothing_goes_on_ends_and_names_what_is_outstanding(
     photos: Path, tmp_path: Path, small_model: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -34,6 +35,7 @@ from segray.predict import Prediction, Predictor
 from segray.schedule import Optimization
 from segray.train import Train, train
 from segray.worker import Parallel
+from tests.cluster import cluster, head_options
 
 ROOT = Path(__file__).parents[1]
 ARGUMENTS = '{"encoder_depth": 3, "decoder_channels": [16, 8, 8]}'
@@ -196,6 +198,7 @@ def test_a_killed_worker_costs_a_start_and_nothing_else(trained: tuple[Train, li
     assert_same_training(settings.sink, tmp_path)
 
 
+@pytest.mark.slow
 def test_what_is_stopped_in_the_middle_goes_on_with_the_same_command(
     trained: tuple[Train, list[str]], tmp_path: Path
 ) -> None:
@@ -222,17 +225,59 @@ def test_what_is_stopped_in_the_middle_goes_on_with_the_same_command(
     assert_same_training(settings.sink, tmp_path)
 
 
+@pytest.mark.slow
+def test_a_lost_node_costs_a_start_and_nothing_else(fields: Path, tmp_path: Path, ray_cluster: None) -> None:
+    settings = job(
+        fields,
+        tmp_path / "alone",
+        num_epochs=6,
+        save_steps=1,
+        # Without batch norms that learn, so that as many workers as there are learn the same.
+        arguments=json.dumps({**json.loads(ARGUMENTS), "decoder_use_norm": False}),
+        optimization=Optimization(learning_rate=3e-3, backbone_rate=0.0),
+    )
+    run(settings)
+    sink = tmp_path / "sink"
+    command = dataclasses.replace(settings, sink=str(sink), parallel=Parallel(workers="1:2", num_threads=1)).command()
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder, cluster(folder) as made:
+        made.add(*head_options(made), num_cpus=0)
+        nodes = [made.add(num_cpus=2) for _ in range(2)]
+        process = made.start("job", "submit", f"--working-dir={ROOT}", "--", *shlex.split(command))
+        wait_for_step(sink, 3, lambda: process.poll() is None)
+        made.kill(nodes[0])
+        output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert "goes on by itself" in output
+    assert losses(sink) == pytest.approx(losses(f"{tmp_path}/alone"), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_data_that_changed_behind_its_index_is_named(
+    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from segray.pack import Pack, pack
+
+    monkeypatch.setattr("segray.train._MAX_FAILURES", 0)
+    demo.draw(Draw(sink=str(tmp_path / "fields"), num_scenes=12, first_seed=0))
+    pack(Pack(source=str(tmp_path / "fields"), sink=str(tmp_path / "shards"), val_fraction=0.3))
+    [shard] = (tmp_path / "shards/train").glob("*.tar")
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(RunError, match=r"shard-\w+\.tar#.*: the image cannot be decoded.*the same command goes on"):
+        train(job(tmp_path / "shards", tmp_path / "sink"))
+
+
 def test_two_workers_pack_train_label_and_evaluate_from_and_to_object_storage(s3: Any, ray_cluster: None) -> None:
     from segray.evaluate import Evaluate, evaluate
     from segray.label import Label, label
     from segray.pack import Pack, pack
 
     root = "s3://segray/train-test"
-    demo.draw(Draw(sink=f"{root}/fields", num_scenes=24, first_seed=0))
+    demo.draw(Draw(sink=f"{root}/fields", num_scenes=16, first_seed=0))
     pack(Pack(source=f"{root}/fields", sink=f"{root}/shards", shard_images=8, val_fraction=0.3))
     settings = job(
         f"{root}/shards",
         f"{root}/model",
+        num_epochs=1,
         loss="ce+0.5*dice",
         class_weights="balanced",
         auxiliary=0.4,
@@ -242,9 +287,10 @@ def test_two_workers_pack_train_label_and_evaluate_from_and_to_object_storage(s3
     assert f"wrote {root}/model/checkpoint.safetensors" in run(settings)
     label(Label(source=f"{root}/fields/images", sink=f"{root}/labels", model=f"{root}/model/checkpoint.safetensors"))
     evaluation = evaluate(Evaluate(sink=f"{root}/labels", targets=f"{root}/fields/targets"))
-    assert evaluation.num_images == 24
+    assert evaluation.num_images == 16
 
 
+@pytest.mark.slow
 def test_without_a_better_epoch_it_ends_early(fields: Path, tmp_path: Path, ray_cluster: None) -> None:
     settings = job(fields, tmp_path, num_epochs=9, patience=1, optimization=Optimization(learning_rate=1e-12))
     run(settings)
@@ -277,6 +323,7 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(
     assert not (tmp_path / "sink").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_trained_further_with_other_classes(
     trained: tuple[Train, list[str]], tmp_path: Path, ray_cluster: None
 ) -> None:

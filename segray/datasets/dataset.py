@@ -11,7 +11,7 @@ from jaxtyping import UInt, UInt8, UInt32
 from PIL import Image
 
 from segray.classes import Classes
-from segray.decode import decode
+from segray.decode import MAX_PIXELS, decode
 from segray.errors import Reject, RunError
 from segray.labelmap import decode_png
 from segray.retry import is_refusal, is_transient, retrying
@@ -28,8 +28,6 @@ __all__ = [
     "to_class_ids",
     "unreadable_is_a_reject",
 ]
-
-_MAX_PIXELS = 200_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +98,7 @@ def read(
     data = _fetch(pair.image)
     target_data = None if pair.target is None else _fetch(pair.target)
     try:
-        image = decode(data, _MAX_PIXELS)
+        image = decode(data, MAX_PIXELS)
     except Reject as reject:
         raise Reject(reject.stage, reject.kind, f"{pair.image}: {reject.detail}") from reject
     height, width = image.shape[:2]
