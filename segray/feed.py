@@ -5,6 +5,7 @@ The order of an epoch is a permutation of all its images that the seed and the e
 are or on where training began, and in an epoch no image comes twice; the few that fill no batch are left out of it.
 """
 
+import dataclasses
 import functools
 import zlib
 from collections import defaultdict
@@ -29,6 +30,8 @@ __all__ = ["Order", "Split", "Tasks", "batches", "find", "pairs", "surveyed"]
 _STEPS_PER_EXECUTION = 1000
 _PAIRS_PER_TASK = 4
 _BATCHES_AHEAD = 2
+_STEPS_AHEAD = 4  # of each task
+_PIXEL_BYTES = 5  # RGB, and an id of one or two
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,6 +166,10 @@ def batches(
     import ray
 
     index = ray.put(split.index)
+    # Tasks that ran as far ahead as the object store lets them would take the cores of a model on CPUs.
+    step_bytes = -(-order.batch_size // num_workers) * augmentation.crop**2 * _PIXEL_BYTES
+    ahead_bytes = _STEPS_AHEAD * tasks.concurrency * step_bytes
+    tasks = dataclasses.replace(tasks, store_bytes=min(tasks.store_bytes, ahead_bytes))
 
     def load(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         step = int(batch["item"][0])
@@ -217,10 +224,12 @@ def _mapped(items: Any, load: Callable[..., Any], batch_size: int, tasks: Tasks)
     """What `load` makes of a dataset's batches, in its order."""
     import ray
 
+    items.context.raise_original_map_exception = True  # a wrapping of Ray's would lose it on the way here
     options = items.context.execution_options
     options.preserve_order = True
     options.resource_limits = ray.data.ExecutionResources(object_store_memory=tasks.store_bytes)
-    return items.map_batches(load, batch_size=batch_size, num_cpus=tasks.num_cpus, concurrency=tasks.concurrency)
+    pool = ray.data.TaskPoolStrategy(tasks.concurrency)
+    return items.map_batches(load, batch_size=batch_size, num_cpus=tasks.num_cpus, compute=pool)
 
 
 def _listed(uri: str) -> dict[str, int]:

@@ -20,6 +20,7 @@ from segray.classes import Classes
 from segray.errors import RunError, SettingsError
 from segray.journal import BEST, LAST, Journal
 from segray.schedule import Optimization
+from segray.session import root_cause
 from segray.statistics import ConfusionMatrix
 
 if TYPE_CHECKING:  # torch and Ray take seconds to import, and `--help` waits for neither
@@ -162,6 +163,8 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
         return {"status": worker.dry_run() if plan.is_dry_run else worker.run(), "fault": ""}
     except (RunError, SettingsError) as error:  # which all workers raise alike
         return {"status": "failed", "fault": str(error)}
+    except Exception as error:  # of which Ray Train would keep the outermost words alone
+        raise RunError(root_cause(error)) from error
 
 
 class _Worker:
@@ -259,13 +262,14 @@ class _Worker:
         import torch
 
         plan, learner = self._plan, self._learner
-        batches = self._batches(range(min(_DRY_STEPS, plan.num_steps)))
-        seconds = []
-        for batch in batches:
-            begin = time.monotonic()
+        ends = [time.monotonic()]
+        for batch in self._batches(range(min(_DRY_STEPS, plan.num_steps))):
             float(learner.step(batch["image"], batch["target"].long()))
-            seconds.append(time.monotonic() - begin)
-        step_seconds = float(np.median(seconds[1:] or seconds))
+            ends.append(time.monotonic())
+        seconds = np.diff(ends)
+        step_seconds = float(
+            np.median(seconds[1:] if len(seconds) > 1 else seconds)
+        )  # with what it waits for its batch
         num_to_validate = plan.to_validate.index.num_rows
         some = range(min(_DRY_IMAGES * self._num_workers, num_to_validate))
         begin = time.monotonic()
