@@ -7,6 +7,7 @@ are or on where training began, and in an epoch no image comes twice; the few th
 
 import dataclasses
 import functools
+import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ _PAIRS_PER_TASK = 4
 _BATCHES_AHEAD = 2
 _STEPS_AHEAD = 4  # of each task
 _PIXEL_BYTES = 5  # RGB, and an id of one or two
+_PAUSE_SECONDS = 0.005
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -220,11 +222,26 @@ def pairs(split: Split, classes: Classes, rows: Sequence[int], tasks: Tasks) -> 
     yield from _mapped(items, load, _PAIRS_PER_TASK, tasks).iter_rows()
 
 
+class _Pausing:
+    """Rests after each turn of Ray Data's loop, which while no task may start would take a core of the model's."""
+
+    def before_execution_starts(self, executor: Any) -> None:
+        """Is what Ray Data calls; so are the others."""
+
+    def on_execution_step(self, executor: Any) -> None:
+        time.sleep(_PAUSE_SECONDS)
+
+    def after_execution_succeeds(self, executor: Any) -> None: ...
+
+    def after_execution_fails(self, executor: Any, error: Exception) -> None: ...
+
+
 def _mapped(items: Any, load: Callable[..., Any], batch_size: int, tasks: Tasks) -> Any:
     """What `load` makes of a dataset's batches, in its order."""
     import ray
 
     items.context.raise_original_map_exception = True  # a wrapping of Ray's would lose it on the way here
+    items.context.custom_execution_callback_classes = [_Pausing]
     options = items.context.execution_options
     options.preserve_order = True
     options.resource_limits = ray.data.ExecutionResources(object_store_memory=tasks.store_bytes)
