@@ -33,7 +33,7 @@ _PAIRS_PER_TASK = 4
 _BATCHES_AHEAD = 2
 _STEPS_AHEAD = 4  # of each task
 _PIXEL_BYTES = 5  # RGB, and an id of one or two
-_PAUSE_SECONDS = 0.005
+_PAUSE_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True, eq=False)
