@@ -61,7 +61,7 @@ class Augmentation:
 
 
 def augment(
-    image: _Image, target: _Target, settings: Augmentation, ignore_index: int, seed: int
+    image: _Image, target: _Target, settings: Augmentation, ignore_index: int, seed: int, resize: int | None = None
 ) -> tuple[UInt8[np.ndarray, "crop crop 3"], Integer[np.ndarray, "crop crop"]]:
     """Cuts a square out of an image and its target, and changes both.
 
@@ -74,6 +74,7 @@ def augment(
         settings: what may happen.
         ignore_index: the id of void.
         seed: decides what does.
+        resize: pixels of the shorter side to which an image is brought first. None: it stays as it is.
 
     Returns:
         (crop, crop, 3) uint8 and (crop, crop) of the target's dtype, or of a wider one where void does not fit it;
@@ -88,6 +89,8 @@ def augment(
     rng = np.random.default_rng(seed)
     least, largest = settings.scale
     scale = math.exp(rng.uniform(math.log(least), math.log(largest)))
+    if resize is not None:
+        scale *= resize / min(target.shape)
     angle = rng.uniform(-settings.rotation, settings.rotation)
     turned = math.radians(angle)
     # So much is cut out that after turning no corner of the crop is empty.

@@ -145,6 +145,7 @@ def batches(
     order: Order,
     augmentation: Augmentation,
     *,
+    resize: int | None,
     steps: range,
     rank: int,
     num_workers: int,
@@ -157,6 +158,7 @@ def batches(
         classes: of its targets.
         order: which images a step sees.
         augmentation: what happens to them.
+        resize: pixels of the shorter side to which each is brought first. None: they stay as they are.
         steps: which ones.
         rank: of the worker.
         num_workers: of them all.
@@ -182,7 +184,7 @@ def batches(
             image, target = decode_pair(uri, image_data, target_data, classes)
             # What happens to an image depends on nothing but the seed, the epoch and its place.
             seed = zlib.crc32(f"{order.seed} {epoch} {row}".encode())
-            crops.append(augment(image, target, augmentation, classes.ignore_index, seed))
+            crops.append(augment(image, target, augmentation, classes.ignore_index, seed, resize))
         images, targets = zip(*crops, strict=True)
         return {"image": np.stack(images), "target": np.stack(targets), "row": rows}
 

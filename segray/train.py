@@ -74,6 +74,9 @@ class Train:
     """JSON: what else the model's constructor is given, e.g. '{"encoder_output_stride": 8}'."""
     weights: Literal["random", "imagenet", "published"] = "random"
     """What a named model begins with: its library's ImageNet weights for the backbone, or published ones."""
+    resize: int | None = None
+    """Bring images' shorter side to so many pixels, before they are cut here and before they are labelled. None: they
+    keep their size."""
     auxiliary: float = 0.0
     """Weight of the loss of a second head on the backbone's last but one features; 0.4 is usual. 0: none."""
 
@@ -105,7 +108,7 @@ class Train:
     """Where it computes."""
 
     def __post_init__(self) -> None:
-        for name in ("num_epochs", "batch_size", "patience", "save_steps"):
+        for name in ("num_epochs", "batch_size", "patience", "save_steps", "resize"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"--{name.replace('_', '-')} {value} must be at least 1")
@@ -162,6 +165,7 @@ def train(job: Train) -> None:
             preprocessing=_preprocessing(to_train.census),
             seed=job.seed,
         )
+        begin = dataclasses.replace(begin, preprocessing=dataclasses.replace(begin.preprocessing, resize=job.resize))
         module = model.build(begin)
         multiple, minimum = model.input_multiple(module), model.input_minimum(module)
         if job.augmentation.crop % multiple or job.augmentation.crop < minimum:

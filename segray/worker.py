@@ -184,8 +184,10 @@ class _Worker:
         self._rank: int = context.get_world_rank()
         self._num_workers: int = context.get_world_size()
         self._device = str(ray.train.torch.get_device()) if plan.placement.device == "cuda" else "cpu"
+        begin = Checkpoint.from_bytes(plan.begin)
+        self._resize = begin.preprocessing.resize
         self._learner = Learner(
-            Checkpoint.from_bytes(plan.begin),
+            begin,
             plan.optimization,
             plan.loss,
             plan.num_steps,
@@ -299,6 +301,7 @@ class _Worker:
             plan.classes,
             plan.order,
             plan.augmentation,
+            resize=self._resize,
             steps=steps,
             rank=self._rank,
             num_workers=self._num_workers,

@@ -198,6 +198,16 @@ def test_a_scale_is_that_of_pillow(scale: float) -> None:
     np.testing.assert_array_equal(ids, repeated)
 
 
+@pytest.mark.parametrize(("height", "width"), [(200, 300), (300, 200)])
+def test_an_image_is_brought_to_a_size_before_it_is_cut(height: int, width: int) -> None:
+    image, target = fields(height, width, np.arange(6, dtype=np.uint8))
+    cut, ids = augment(image, target, dataclasses.replace(STILL, crop=100, class_share=1.0), 255, 0, resize=100)
+    assert 255 not in ids, "its shorter side is as long as the crop"
+    double = dataclasses.replace(STILL, crop=100, class_share=1.0, scale=(0.5, 0.5))
+    for one, other in zip(augment(image, target, double, 255, 0), (cut, ids), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_scales_reach_from_the_least_to_the_largest_as_often_halved_as_doubled() -> None:
     image, target = np.zeros((100, 100, 3), np.uint8), np.zeros((100, 100), np.uint8)
     target[30:70, 30:70] = 1

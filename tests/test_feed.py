@@ -61,6 +61,7 @@ def stream(split: feed.Split, steps: range, rank: int = 0, num_workers: int = 1)
         CLASSES,
         order,
         EXACT,
+        resize=None,
         steps=steps,
         rank=rank,
         num_workers=num_workers,

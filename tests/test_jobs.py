@@ -38,7 +38,7 @@ OPTIONS = {
         *("format", "shard_images", "val_fraction", "seed"),
     ],
     "train": [
-        *("source", "sink", "val", "classes", "model", "arguments", "weights", "auxiliary"),
+        *("source", "sink", "val", "classes", "model", "arguments", "weights", "resize", "auxiliary"),
         *("loss", "class_weights", "label_smoothing"),
         *("num_epochs", "batch_size", "patience", "save_steps", "seed", "dry_run"),
         *("crop", "scale", "class_share", "flip", "rotation", "colour", "blur"),

@@ -410,6 +410,7 @@ def test_settings_that_do_not_fit_are_refused(fields: Path, tmp_path: Path, ray_
     [
         ({"num_epochs": 0}, "--num-epochs 0"),
         ({"patience": 0}, "--patience 0"),
+        ({"resize": 0}, "--resize 0"),
         ({"save_steps": 0}, "--save-steps 0"),
         ({"seed": -1}, "--seed -1"),
         ({"auxiliary": -0.1}, "--auxiliary -0.1"),
