@@ -20,8 +20,9 @@ from jaxtyping import Int64
 
 from segray.augment import Augmentation, augment
 from segray.classes import Classes
-from segray.errors import SourceError
+from segray.errors import RunError, SourceError
 from segray.pairs import SHAPE, Census, decode_pair, read, read_index, survey
+from segray.session import root_cause
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` waits for none
     from torch import Tensor
@@ -96,8 +97,8 @@ def _permutation(seed: int, epoch: int, num_images: int) -> Int64[np.ndarray, " 
 def find(source: str, val: str | None) -> tuple[dict[str, int], dict[str, int]]:
     """The shards to train on and those to validate on, with their sizes in bytes.
 
-    They lie in `SOURCE/train` and `SOURCE/val`; or SOURCE has those to train on, and `val` or its own last shard is
-    to validate on.
+    Those to train on lie in `SOURCE/train`, or in SOURCE but for `SOURCE/val`; those to validate on are `val`, or
+    `SOURCE/val`, or else the last of SOURCE.
 
     Raises:
         SourceError: there are none.
@@ -106,11 +107,13 @@ def find(source: str, val: str | None) -> tuple[dict[str, int], dict[str, int]]:
     folders: dict[str, dict[str, int]] = defaultdict(dict)
     for uri, size in shards.items():
         folders[uri.rpartition("/")[0].rpartition("/")[2]][uri] = size
-    to_train = folders.get("train", shards)
-    if val is not None:
-        return to_train, _listed(val)
-    if "train" in folders and "val" in folders:
-        return to_train, folders["val"]
+    in_val = folders.get("val", {})
+    to_train = folders.get("train") or {uri: size for uri, size in shards.items() if uri not in in_val}
+    to_validate = in_val if val is None else _listed(val)
+    if not to_train:
+        raise SourceError(f"{source} has shards to validate on alone; those to train on go into {source}/train")
+    if to_validate:
+        return to_train, to_validate
     if len(to_train) < 2:
         raise SourceError(f"{source} holds one shard, so that none is left to validate on; give --val SHARDS")
     *others, last = to_train
@@ -242,6 +245,7 @@ def _mapped(items: Any, load: Callable[..., Any], batch_size: int, tasks: Tasks)
     """What `load` makes of a dataset's batches, in its order."""
     import ray
 
+    items.context.target_max_block_size = None  # what a task gives is never cut up
     items.context.raise_original_map_exception = True  # a wrapping of Ray's would lose it on the way here
     items.context.custom_execution_callback_classes = [_Pausing]
     options = items.context.execution_options
@@ -274,7 +278,10 @@ def _survey(shards: Sequence[str], classes: Classes) -> tuple[pa.Table, Census]:
         except SourceError as error:
             return str(error)
 
-    found = ray.get([look.remote(shard) for shard in shards])
+    try:
+        found = ray.get([look.remote(shard) for shard in shards])
+    except ray.exceptions.RayError as error:
+        raise RunError(f"the shards could not be read: {root_cause(error)}; run it again") from error
     faults = sorted(fault for fault in found if isinstance(fault, str))
     if faults:
         more = f" ({len(faults) - 1} more shards have faults)" if len(faults) > 1 else ""

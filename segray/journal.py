@@ -12,6 +12,7 @@ Each is written whole or not at all. A state comes after all that was known befo
 newest state is written again in the same way.
 """
 
+import contextlib
 import functools
 import json
 import queue
@@ -38,7 +39,7 @@ _NUM_STATES = 2
 _MAX_WAITING = 8
 _METADATA_KEY = "segray.state"
 _STATE = re.compile(r"step-\d{8}\.safetensors")
-_TEMPORARY = re.compile(r"\.[\w.-]+\.(safetensors|jsonl?|segray)\.\w+\.tmp")
+_TEMPORARY = re.compile(r"\.(checkpoint|last|step-\d+|training|metrics|epoch-\d+|events[\w.]*)\.\w+\.\w+\.tmp")
 
 
 class Journal:
@@ -96,7 +97,8 @@ class Journal:
         if isinstance(self.filesystem, LocalFileSystem):  # elsewhere nothing is half there
             for path in self.filesystem.find(self.root):
                 if _TEMPORARY.fullmatch(path.rpartition("/")[2]):
-                    self.filesystem.rm_file(path)
+                    with contextlib.suppress(FileNotFoundError):
+                        self.filesystem.rm_file(path)
 
     def training(self) -> dict[str, Any] | None:
         """What `training.json` says."""

@@ -262,14 +262,15 @@ def start(
         seed: decides what is random.
 
     Returns:
-        The checkpoint, without a size to which images would be brought, and the names of those of its tensors that
-        nothing was there for: the head's, where the classes are others.
+        The checkpoint, of published weights without the size to which they would have images brought, and the names of
+        those of its tensors that nothing was there for: the head's, where the classes are others.
 
     Raises:
         ModelError: the name is not known, the weights cannot be had, or the arguments do not fit.
         SettingsError: arguments or weights are given beside a checkpoint.
     """
-    if name.endswith(".safetensors"):
+    is_ours = name.endswith(".safetensors")
+    if is_ours:
         if arguments or weights != "random":
             raise SettingsError(f"--arguments and --weights go with a model's name; {name} brings its own")
         given = load(name)
@@ -295,8 +296,8 @@ def start(
         fitting = {key: tensor for key, tensor in fitting.items() if other[key].shape == fresh.tensors[key].shape}
     begun = dataclasses.replace(
         fresh,
-        preprocessing=dataclasses.replace(fresh.preprocessing, resize=None),
-        origin={"weights": name if name.endswith(".safetensors") else weights},
+        preprocessing=fresh.preprocessing if is_ours else dataclasses.replace(fresh.preprocessing, resize=None),
+        origin={"weights": name if is_ours else weights},
         tensors={**fresh.tensors, **fitting},
     )
     return begun, sorted(fresh.tensors.keys() - fitting.keys())

@@ -18,6 +18,7 @@ import os
 import shlex
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -30,10 +31,10 @@ from tyro.conf import OmitArgPrefixes, Positional
 from segray import feed
 from segray.augment import Augmentation
 from segray.classes import Classes
-from segray.errors import RunError, SettingsError, SourceError
+from segray.errors import RunError, SegrayError, SettingsError, SourceError
 from segray.journal import BEST, Journal
 from segray.pairs import Census
-from segray.progress import note
+from segray.progress import START_SECONDS, note
 from segray.schedule import Optimization
 from segray.worker import Parallel, Placement, Plan, train_on_worker, versions
 
@@ -45,7 +46,6 @@ __all__ = ["Train", "train"]
 _MAX_FAILURES = 3  # one after the other, without a new state
 _RESIZE_SECONDS = 600.0
 _MAX_WORKER_CPUS = 0.9
-_TASK_CPUS_BESIDE_WORKERS = 0.05
 _ENDS = ("finished", "stopped early")
 _PORTABLE = ("sink", "dry_run", "parallel", "patience", "save_steps")
 """Settings that may be others when a training goes on."""
@@ -75,8 +75,8 @@ class Train:
     weights: Literal["random", "imagenet", "published"] = "random"
     """What a named model begins with: its library's ImageNet weights for the backbone, or published ones."""
     resize: int | None = None
-    """Bring images' shorter side to so many pixels, before they are cut here and before they are labelled. None: they
-    keep their size."""
+    """Bring images' shorter side to so many pixels, before they are cut here and before they are labelled. None: as a
+    checkpoint that is trained further says; else they keep their size."""
     auxiliary: float = 0.0
     """Weight of the loss of a second head on the backbone's last but one features; 0.4 is usual. 0: none."""
 
@@ -165,13 +165,15 @@ def train(job: Train) -> None:
             preprocessing=_preprocessing(to_train.census),
             seed=job.seed,
         )
-        begin = dataclasses.replace(begin, preprocessing=dataclasses.replace(begin.preprocessing, resize=job.resize))
+        resized = dataclasses.replace(begin.preprocessing, resize=job.resize or begin.preprocessing.resize)
+        begin = dataclasses.replace(begin, preprocessing=resized)
         module = model.build(begin)
         multiple, minimum = model.input_multiple(module), model.input_minimum(module)
         if job.augmentation.crop % multiple or job.augmentation.crop < minimum:
             raise SettingsError(
                 f"--crop {job.augmentation.crop} is no multiple of {multiple}, or below {minimum}, for {job.model}"
             )
+        _check_part(job, placement, module)
         weights = balanced_weights(to_train.census.num_pixels.tolist()) if job.class_weights == "balanced" else None
         order = feed.Order(num_images=to_train.index.num_rows, batch_size=job.batch_size, seed=job.seed)
         plan = Plan(
@@ -198,7 +200,7 @@ def train(job: Train) -> None:
                 for name, split, some in zip(("train", "val"), splits, shards, strict=True)
             },
         )
-        _tell(plan, begin, fresh)
+        _tell(plan, begin, fresh, sum(parameter.numel() for parameter in module.parameters()))
         if job.dry_run:
             _fit(plan, threading.Event())
             return
@@ -207,11 +209,13 @@ def train(job: Train) -> None:
 
 def _run(job: Train, plan: Plan, lock: contextlib.ExitStack) -> None:
     """Trains under the sink's lock, and keeps in `training.json` how it stands."""
-    from segray.lock import hold
+    from segray.lock import LEASE_SECONDS, hold
 
     journal, lost = Journal(plan.sink), threading.Event()
     run_id = f"train-{os.urandom(4).hex()}"
-    lock.enter_context(hold(journal.filesystem, journal.root, run_id, wait_seconds=0.0, say=note, lost=lost.set))
+    lock.enter_context(
+        hold(journal.filesystem, journal.root, run_id, wait_seconds=LEASE_SECONDS + 15, say=note, lost=lost.set)
+    )
     decisive = {
         "settings": _deciding(job),
         "classes": plan.classes.to_dict(),
@@ -225,7 +229,8 @@ def _run(job: Train, plan: Plan, lock: contextlib.ExitStack) -> None:
         raise SettingsError(
             f"{job.sink} holds another training ({', '.join(others)}); give the same to go on with it, or another SINK"
         )
-    if before is not None and before["status"] in _ENDS:
+    may_go_on = before is not None and before["status"] == "stopped early" and before["patience"] != job.patience
+    if before is not None and before["status"] in _ENDS and not may_go_on:
         print(f"{job.sink} holds this training, {before['status']}; {BEST} is its best model", flush=True)
         return
     told: dict[str, Any] = {
@@ -234,6 +239,7 @@ def _run(job: Train, plan: Plan, lock: contextlib.ExitStack) -> None:
         "seed": job.seed,
         "versions": versions(),
         "workers": job.parallel.workers,
+        "patience": job.patience,
         "started": before["started"] if before else _now(),
     }
 
@@ -283,15 +289,11 @@ def _place(job: Train, nodes: Sequence[Mapping[str, Any]]) -> Placement:
         )
     if device == "cuda":
         with_gpus = [node for node in resources if node.get("GPU")]
-        # GPU nodes may have no CPUs to ask for, and those that are left have to feed all.
-        has_cpus = all(node.get("CPU", 0.0) >= node["GPU"] for node in with_gpus)
+        # GPU nodes, those to come too, may have no CPUs to ask for, and those that are left have to feed all.
+        has_cpus = least == most and all(node.get("CPU", 0.0) >= node["GPU"] for node in with_gpus)
         worker_cpus = 1.0 if has_cpus and num_cpus - num_gpus >= 1 else 0.0
-        free_cpus = num_cpus - num_gpus * worker_cpus
-        task_cpus = min(1.0, free_cpus / (2 * least))
     else:
-        # At least half feeds them, and where a worker has taken the last whole CPU there is room for tasks.
-        worker_cpus, task_cpus = min(_MAX_WORKER_CPUS, num_cpus / (2 * most)), _TASK_CPUS_BESIDE_WORKERS
-        free_cpus = num_cpus - most * worker_cpus
+        worker_cpus = min(_MAX_WORKER_CPUS, num_cpus / (2 * most))
     if job.batch_size // most < job.optimization.accumulate:
         raise SettingsError(
             f"--batch-size {job.batch_size} is too small to be shared by {most} workers in "
@@ -301,9 +303,6 @@ def _place(job: Train, nodes: Sequence[Mapping[str, Any]]) -> Placement:
         device=device,
         workers=least if least == most else (least, most),
         worker_cpus=worker_cpus,
-        task_cpus=task_cpus,
-        free_cpus=free_cpus,
-        store_bytes=sum(r.get("object_store_memory", 0.0) for r in resources),
     )
 
 
@@ -315,10 +314,37 @@ def _check(job: Train, classes: Classes, to_train: feed.Split, to_validate: feed
     if absent:
         raise SourceError(
             f"{to_train.uri}: no target to train on has a pixel of {', '.join(absent)}, which could not be learned; "
-            "take them out of the classes file, or add images"
+            "pack again without them, or add images"
         )
+    if job.val is not None and job.classes is None:
+        try:
+            of_val = Classes.read(f"{job.val.rstrip('/')}/classes.json")
+        except SettingsError:  # none lies beside them
+            of_val = classes
+        if of_val.names != classes.names:
+            raise SettingsError(
+                f"{job.val} has the classes {', '.join(of_val.names)}, and {job.source} has "
+                f"{', '.join(classes.names)}; pack both with the same ones"
+            )
     if not to_validate.census.num_pixels.any():
         raise SourceError(f"{to_validate.uri}: the targets to validate on are void everywhere")
+
+
+def _check_part(job: Train, placement: Placement, module: Any) -> None:
+    """Where a part of the batch is one crop: models that normalise an average over all of it cannot learn from that."""
+    import torch
+
+    most = placement.workers if isinstance(placement.workers, int) else placement.workers[1]
+    if job.batch_size // most // job.optimization.accumulate > 1:
+        return
+    try:
+        with torch.no_grad():
+            module.train()(torch.zeros(1, 3, job.augmentation.crop, job.augmentation.crop))
+    except ValueError as error:
+        raise SettingsError(
+            f"{job.model} cannot learn from one crop at a time: {error}; raise --batch-size, or lower --workers or "
+            "--accumulate"
+        ) from error
 
 
 def _preprocessing(census: Census) -> "Preprocessing":
@@ -391,11 +417,10 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _tell(plan: Plan, begin: "Checkpoint", fresh: Sequence[str]) -> None:
+def _tell(plan: Plan, begin: "Checkpoint", fresh: Sequence[str], num_parameters: int) -> None:
     """Prints what is about to be trained."""
     order = plan.order
     print(f"{order.num_images} images to train on, {plan.to_validate.index.num_rows} to validate on", flush=True)
-    num_parameters = sum(tensor.numel() for tensor in begin.tensors.values())
     kind = f"{plan.placement.device}, {plan.parallel.dtype}"
     print(
         f"{begin.architecture} {dict(begin.arguments)}: {num_parameters:,} parameters; {plan.num_steps} steps of "
@@ -407,8 +432,21 @@ def _tell(plan: Plan, begin: "Checkpoint", fresh: Sequence[str]) -> None:
         print(f"begins with {begin.origin['weights']} weights; random is {shown}", flush=True)
 
 
+def _nodes(ray: Any) -> Any:
+    """The cluster's nodes, once one has CPUs."""
+    deadline, told = time.monotonic() + START_SECONDS, False
+    while True:
+        nodes = ray.nodes()
+        if any(node["Alive"] and node["Resources"].get("CPU") for node in nodes) or time.monotonic() > deadline:
+            return nodes
+        if not told:
+            note("the cluster has no CPUs; waiting for a node")
+            told = True
+        time.sleep(1)
+
+
 class _BrokenOff(RunError):
-    """Workers ended without a word, as where their node was lost."""
+    """Workers were lost, or ended by what was no fault of the data or the settings."""
 
 
 def _fit_on(job: Train, plan: Plan, lost: threading.Event, journal: Journal) -> str:
@@ -426,8 +464,8 @@ def _fit_on(job: Train, plan: Plan, lost: threading.Event, journal: Journal) -> 
                 raise RunError(f"{error}; the same command goes on") from error
             note(f"{error}; goes on by itself")
         if plan.placement.device == "cpu":  # workers that need a GPU each wait for it
-            nodes = ray.nodes()  # type: ignore[no-untyped-call]
-            plan = dataclasses.replace(plan, placement=_place(job, nodes))
+            on_cpus = dataclasses.replace(job, parallel=dataclasses.replace(job.parallel, device="cpu"))
+            plan = dataclasses.replace(plan, placement=_place(on_cpus, _nodes(ray)))
 
 
 def _fit(plan: Plan, lost: threading.Event) -> str:
@@ -483,8 +521,10 @@ def _fit(plan: Plan, lost: threading.Event) -> str:
     [ended] = outcome
     if isinstance(ended, BaseException):
         failures: dict[int, BaseException] = getattr(ended, "worker_failures", {})
-        cause = next(iter(failures.values()), ended)
-        raise _BrokenOff(f"training broke off: {root_cause(cause)}") from ended
+        for cause in failures.values():
+            if isinstance(cause, SegrayError):  # what the others say comes of it
+                raise RunError(f"training broke off: {cause}; mended, the same command goes on") from ended
+        raise _BrokenOff(f"training broke off: {root_cause(next(iter(failures.values()), ended))}") from ended
     if ended["fault"]:
         raise RunError(ended["fault"])
     status: str = ended["status"]

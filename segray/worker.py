@@ -6,7 +6,7 @@ import json
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -17,7 +17,7 @@ import numpy as np
 from segray import feed
 from segray.augment import Augmentation
 from segray.classes import Classes
-from segray.errors import RunError, SettingsError
+from segray.errors import RunError, SegrayError, SettingsError
 from segray.journal import BEST, LAST, Journal
 from segray.schedule import Optimization
 from segray.session import root_cause
@@ -39,6 +39,7 @@ _DRY_STEPS = 8
 _DRY_IMAGES = 8
 _VALIDATION_BATCH = 16
 _MIN_TASKS = 2
+_TASK_CPUS_BESIDE_WORKERS = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,23 +89,20 @@ class Parallel:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """What workers and the tasks that feed them ask for."""
+    """What workers ask for."""
 
     device: Literal["cpu", "cuda"]
     workers: int | tuple[int, int]
     worker_cpus: float
-    task_cpus: float
-    free_cpus: float
-    """For tasks, of all workers."""
-    store_bytes: float
-    """Of the cluster's object store."""
 
-    def tasks(self, num_workers: int) -> feed.Tasks:
-        """Those that feed one of so many workers."""
+    def tasks(self, num_workers: int, resources: Mapping[str, float]) -> feed.Tasks:
+        """Those that feed one of so many workers, on a cluster that has these resources."""
+        share = max(resources["CPU"] / num_workers - self.worker_cpus, 0.0)
         return feed.Tasks(
-            num_cpus=self.task_cpus,
-            concurrency=max(int(self.free_cpus / num_workers), _MIN_TASKS),
-            store_bytes=self.store_bytes / (2 * num_workers),
+            # Where a worker on CPUs has taken the last whole one there is room for tasks.
+            num_cpus=_TASK_CPUS_BESIDE_WORKERS if self.device == "cpu" else min(1.0, share / _MIN_TASKS),
+            concurrency=max(int(share), _MIN_TASKS),
+            store_bytes=resources["object_store_memory"] / (2 * num_workers),
         )
 
 
@@ -164,7 +162,9 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     except (RunError, SettingsError) as error:  # which all workers raise alike
         return {"status": "failed", "fault": str(error)}
     except Exception as error:  # of which Ray Train would keep the outermost words alone
-        raise RunError(root_cause(error)) from error
+        if isinstance(error, SegrayError):
+            raise RunError(root_cause(error)) from error
+        raise RuntimeError(root_cause(error)) from error
 
 
 class _Worker:
@@ -172,6 +172,7 @@ class _Worker:
 
     def __init__(self, plan: Plan, lines: Any) -> None:
         """Builds the model, and takes up where the sink's newest state is."""
+        import ray
         import ray.train
         import ray.train.torch
 
@@ -199,7 +200,7 @@ class _Worker:
             sync_batch_norm=plan.parallel.sync_batch_norm,
             seed=plan.seed,
         )
-        self._tasks = plan.placement.tasks(self._num_workers)
+        self._tasks = plan.placement.tasks(self._num_workers, ray.cluster_resources())  # type: ignore[no-untyped-call]
         self._journal = Journal(plan.sink)
         self._metrics: list[dict[str, Any]] = []
         self._losses: list[torch.Tensor] = []
@@ -231,6 +232,8 @@ class _Worker:
         steps = range(learner.num_steps_done, plan.num_steps if status == "finished" else 0)
         self._watch = time.monotonic()
         for batch in self._batches(steps):
+            share = plan.order.share(learner.num_steps_done, self._rank, self._num_workers)
+            assert batch["row"].tolist() == share.tolist(), "a batch is a step, or workers would part"
             self._losses.append(learner.step(batch["image"], batch["target"].long()))
             is_end = learner.num_steps_done % steps_per_epoch == 0
             is_saved = is_end or learner.num_steps_done % plan.save_steps == 0
@@ -412,17 +415,15 @@ class _Worker:
         mine = rows[self._rank :: self._num_workers]
         found = feed.pairs(plan.to_validate, classes, mine, self._tasks)
         while some := list(islice(found, _VALIDATION_BATCH)):
-            for sample, prediction in zip(some, predictor.predict([s["image"] for s in some]), strict=True):
+            for pair, prediction in zip(some, predictor.predict([one["image"] for one in some]), strict=True):
                 if not isinstance(prediction, Prediction):
-                    fault = f"{sample['uri']}: {prediction}; a lower --learning-rate may help"
+                    fault = f"{pair['uri']}: {prediction}"
                     continue
-                of_image = ConfusionMatrix.of(
-                    sample["target"], prediction.label_map, len(classes), classes.ignore_index
-                )
+                of_image = ConfusionMatrix.of(pair["target"], prediction.label_map, len(classes), classes.ignore_index)
                 confusion += of_image
                 miou, accuracy = of_image.miou(), of_image.pixel_accuracy()
                 if not np.isnan(miou):
-                    seen.append({"uri": sample["uri"], "miou": round(miou, 4), "pixel_accuracy": round(accuracy, 4)})
+                    seen.append({"uri": pair["uri"], "miou": round(miou, 4), "pixel_accuracy": round(accuracy, 4)})
         self._agree(fault)
         if self._num_workers > 1:
             counts = torch.from_numpy(confusion.counts).to(self._device)

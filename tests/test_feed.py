@@ -89,6 +89,16 @@ def test_what_a_step_sees_does_not_depend_on_workers_or_on_where_it_began(fields
     assert (cuts[0] != cuts[1]).any()
 
 
+def test_a_step_is_one_batch_however_large_it_is(
+    fields: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray.data
+
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "target_max_block_size", 1000)
+    split = feed.surveyed(str(fields), feed.find(str(fields), str(fields))[0], CLASSES, is_packed=True)
+    assert [len(batch["row"]) for batch in stream(split, range(2))] == [5, 5]
+
+
 def test_whole_images_come_in_their_order(fields: Path, ray_cluster: None) -> None:
     split = feed.surveyed(str(fields), feed.find(str(fields), str(fields))[0], CLASSES, is_packed=True)
     found = list(feed.pairs(split, CLASSES, range(1, NUM_SCENES, 2), TASKS))
@@ -103,6 +113,10 @@ def test_folders_named_train_and_val_are_what_they_say(fields: Path, tmp_path: P
         (tmp_path / folder).mkdir()
         for shard in shards:
             (tmp_path / folder / f"shard-{shard}.tar").symlink_to(fields / f"shard-{shard:06d}.tar")
+    to_train, to_validate = feed.find(str(tmp_path), None)
+    assert [uri.rpartition("/")[2] for uri in to_train] == ["shard-0.tar", "shard-1.tar"]
+    assert [uri.rpartition("/")[2] for uri in to_validate] == ["shard-2.tar"]
+    (tmp_path / "train").rename(tmp_path / "more")
     to_train, to_validate = feed.find(str(tmp_path), None)
     assert [uri.rpartition("/")[2] for uri in to_train] == ["shard-0.tar", "shard-1.tar"]
     assert [uri.rpartition("/")[2] for uri in to_validate] == ["shard-2.tar"]

@@ -156,7 +156,8 @@ def test_the_demo_in_small_labels_evaluates_and_reports(scenes: Path, tmp_path: 
     assert "look at it: python jobs/report.py" in first.stdout
     assert "Traceback" not in first.stderr
     assert "core_worker" not in first.stderr, "Ray's own noise"
-    run("jobs/evaluate.py", labels, str(scenes / "targets"), "--json", str(tmp_path / "evaluation.json"))
+    segray = str(Path(sys.executable).with_name("segray"))
+    run(segray, "evaluate", labels, str(scenes / "targets"), "--json", str(tmp_path / "evaluation.json"))
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
     assert evaluation["num_images"] == 12
     assert evaluation["miou"] > 0.85

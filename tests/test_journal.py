@@ -61,6 +61,18 @@ def events(data: bytes) -> Iterator[Event]:
         begin += 12 + num_bytes + 4
 
 
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    journal = Journal(str(tmp_path))
+    save(journal, 1)
+    left = [".checkpoint.safetensors.ab1_.tmp", "state/.step-00000002.safetensors.x.tmp", ".metrics.jsonl.q8.tmp"]
+    others = ["lock/.000000001.json.77.tmp", ".notes.txt", "state/step-00000001.safetensors", "a.tmp"]
+    for name in (*left, *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    journal.sweep()
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(others)
+
+
 def test_an_empty_sink_holds_nothing(sink: str) -> None:
     journal = Journal(sink)
     assert journal.read("checkpoint.safetensors") is None

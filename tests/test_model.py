@@ -449,9 +449,19 @@ def test_a_checkpoint_of_the_same_classes_is_trained_further_as_it_is(small: Che
     begun, fresh, path = start_from(given, Classes(NAMES), tmp_path)
     assert fresh == []
     assert_same_tensors(begun.tensors, small.tensors)
-    assert begun.preprocessing == dataclasses.replace(fields, resize=None)
+    assert begun.preprocessing == fields
     assert (begun.architecture, begun.arguments) == (small.architecture, small.arguments)
     assert begun.origin == {"weights": path}
+
+
+def test_deeplabs_output_stride_and_atrous_rates_are_arguments() -> None:
+    for stride, side in ((16, 4), (8, 8)):
+        options = {"encoder_output_stride": stride, "decoder_atrous_rates": [2, 4, 6]}
+        begun, _ = model.start("deeplabv3plus_resnet18", Classes(NAMES), arguments=options)
+        module = model.build(begun)
+        assert module.encoder(torch.zeros(1, 3, 64, 64))[-1].shape[-1] == side  # type: ignore[operator]
+        rates = {layer.dilation[0] for layer in module.decoder.modules() if isinstance(layer, torch.nn.Conv2d)}  # type: ignore[union-attr]
+        assert rates == {1, 2, 4, 6}
 
 
 @pytest.mark.parametrize(
@@ -470,7 +480,7 @@ def test_for_other_classes_the_head_alone_is_random(name: str, heads: list[str],
     begun, fresh, _ = start_from(given, classes, tmp_path, seed=1)
     assert fresh == heads
     assert begun.classes == classes
-    assert begun.preprocessing == Preprocessing(channels="BGR")
+    assert begun.preprocessing == given.preprocessing
     rest = given.tensors.keys() - set(heads)
     assert begun.tensors.keys() == given.tensors.keys()
     assert all(torch.equal(begun.tensors[tensor], given.tensors[tensor]) for tensor in rest)

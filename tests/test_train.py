@@ -33,8 +33,8 @@ from segray.labelmap import encode_png
 from segray.model import Preprocessing
 from segray.predict import Prediction, Predictor
 from segray.schedule import Optimization
-from segray.train import Train, train
-from segray.worker import Parallel
+from segray.train import Train, _place, train
+from segray.worker import Parallel, Placement
 from tests.cluster import cluster, head_options
 
 ROOT = Path(__file__).parents[1]
@@ -252,12 +252,9 @@ def test_a_lost_node_costs_a_start_and_nothing_else(fields: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_data_that_changed_behind_its_index_is_named(
-    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_that_changed_behind_its_index_is_named(tmp_path: Path, ray_cluster: None) -> None:
     from segray.pack import Pack, pack
 
-    monkeypatch.setattr("segray.train._MAX_FAILURES", 0)
     demo.draw(Draw(sink=str(tmp_path / "fields"), num_scenes=12, first_seed=0))
     pack(Pack(source=str(tmp_path / "fields"), sink=str(tmp_path / "shards"), val_fraction=0.3))
     [shard] = (tmp_path / "shards/train").glob("*.tar")
@@ -277,7 +274,7 @@ def test_two_workers_pack_train_label_and_evaluate_from_and_to_object_storage(s3
     settings = job(
         f"{root}/shards",
         f"{root}/model",
-        num_epochs=1,
+        resize=160,
         loss="ce+0.5*dice",
         class_weights="balanced",
         auxiliary=0.4,
@@ -285,6 +282,7 @@ def test_two_workers_pack_train_label_and_evaluate_from_and_to_object_storage(s3
         parallel=Parallel(workers="2", num_threads=1),
     )
     assert f"wrote {root}/model/checkpoint.safetensors" in run(settings)
+    assert model.load(f"{root}/model/checkpoint.safetensors").preprocessing.resize == 160
     label(Label(source=f"{root}/fields/images", sink=f"{root}/labels", model=f"{root}/model/checkpoint.safetensors"))
     evaluation = evaluate(Evaluate(sink=f"{root}/labels", targets=f"{root}/fields/targets"))
     assert evaluation.num_images == 16
@@ -394,6 +392,48 @@ def test_a_parquet_shard_without_targets_is_named(tmp_path: Path, ray_cluster: N
         train(job(tmp_path, tmp_path / "sink"))
 
 
+GPU_NODE = {"Alive": True, "Resources": {"GPU": 8.0, "object_store_memory": 1e9}}
+CPU_NODE = {"Alive": True, "Resources": {"CPU": 16.0, "object_store_memory": 1e9}}
+BOTH_NODE = {"Alive": True, "Resources": {"CPU": 16.0, "GPU": 8.0, "object_store_memory": 1e9}}
+
+
+@pytest.mark.parametrize(
+    ("workers", "device", "nodes", "placed"),
+    [
+        ("1:8", "cuda", [CPU_NODE], ("cuda", (1, 8), 0.0)),  # as cluster/kuberay/rayjob-train.yaml begins
+        ("1:8", "cuda", [CPU_NODE, GPU_NODE], ("cuda", (1, 8), 0.0)),
+        (None, "auto", [CPU_NODE, GPU_NODE], ("cuda", 8, 0.0)),
+        (None, "auto", [BOTH_NODE], ("cuda", 8, 1.0)),
+        (None, "auto", [CPU_NODE], ("cpu", 1, 0.9)),
+        ("8:16", "cpu", [CPU_NODE], ("cpu", (8, 16), 0.5)),
+    ],
+)
+def test_workers_ask_for_what_their_nodes_have(
+    workers: str | None, device: Any, nodes: list[dict[str, Any]], placed: tuple[Any, ...]
+) -> None:
+    settings = job("source", "sink", batch_size=16, parallel=Parallel(workers=workers, device=device))
+    placement = _place(settings, nodes)
+    assert (placement.device, placement.workers, placement.worker_cpus) == placed
+
+
+def test_tasks_share_what_workers_leave() -> None:
+    on_gpus = Placement(device="cuda", workers=(1, 8), worker_cpus=0.0)
+    tasks = on_gpus.tasks(4, {"CPU": 16.0, "object_store_memory": 8e9})
+    assert (tasks.num_cpus, tasks.concurrency, tasks.store_bytes) == (1.0, 4, 1e9)
+    assert on_gpus.tasks(8, {"CPU": 4.0, "object_store_memory": 8e9}).num_cpus == 0.25
+    beside = Placement(device="cpu", workers=2, worker_cpus=0.9).tasks(2, {"CPU": 2.0, "object_store_memory": 8e9})
+    assert beside.num_cpus < 0.1, "there is room for them on whole CPUs that workers took"
+    assert beside.concurrency == 2
+
+
+def test_shards_of_other_classes_are_not_validated_on(fields: Path, tmp_path: Path, ray_cluster: None) -> None:
+    for shard in fields.glob("*.tar"):
+        (tmp_path / shard.name).symlink_to(shard)
+    (tmp_path / "classes.json").write_text(json.dumps([*CLASSES.names[::-1]]))
+    with pytest.raises(SettingsError, match="has the classes track, weed, crop, soil, and"):
+        train(job(fields, tmp_path / "sink", val=str(tmp_path)))
+
+
 def test_settings_that_do_not_fit_are_refused(fields: Path, tmp_path: Path, ray_cluster: None) -> None:
     with pytest.raises(SettingsError, match="--crop 63 is no multiple of"):
         train(job(fields, tmp_path, model="unetplusplus_tu-mobilenetv3_small_050", augmentation=Augmentation(crop=63)))
@@ -401,6 +441,8 @@ def test_settings_that_do_not_fit_are_refused(fields: Path, tmp_path: Path, ray_
         train(job(fields, tmp_path, batch_size=9))
     with pytest.raises(SettingsError, match="--batch-size 3 is too small to be shared by 4 workers"):
         train(job(fields, tmp_path, batch_size=3, parallel=Parallel(workers="2:4")))
+    with pytest.raises(SettingsError, match="cannot learn from one crop at a time"):
+        train(job(fields, tmp_path, model="deeplabv3_resnet18", arguments="{}", batch_size=1))
     with pytest.raises(ModelError, match="no model 'nonsense'"):
         train(job(fields, tmp_path, model="nonsense"))
 
