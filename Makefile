@@ -22,8 +22,11 @@ demo: install
 	python jobs/evaluate.py $(DEMO)/labels $(DEMO)/scenes/targets
 	python jobs/report.py $(DEMO)/labels
 
+# The longest first, so that both processes end at about the same time.
+LONGEST := $(patsubst %,tests/test_%.py,label train cluster chaos jobs)
+
 test: lint
-	pytest --numprocesses 2 --dist loadfile
+	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(LONGEST) tests
 
 # The long forms: CamVid at full size, each architecture by heart; trainings that are stopped, lost nodes, models on
 # pretended GPUs.

@@ -8,9 +8,11 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
+import subprocess
+import sys
 import tarfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +38,8 @@ from segray.pack import Pack, pack
 from segray.sink import LABELLED, Sink
 from segray.source import Source, fetch, filesystem, image_id
 from tests.s3 import Server
+
+ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -463,9 +467,7 @@ def run(arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int | str 
     return exit_.value.code
 
 
-def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path) -> None:
     source, number = tmp_path / "source", 240
     write_pair(source / "one", "0", "png", 0)
     for kind in ("images", "targets"):
@@ -474,19 +476,26 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(
             os.link(source / f"one/{kind}/0.png", source / f"{kind}/{index}.png")
     (source / "classes.json").write_text(json.dumps(CLASSES.to_dict()))
 
-    def interrupt() -> None:
-        deadline = time.monotonic() + 300
-        while not list((tmp_path / "out").glob("_receipts/train/*.json")) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
-
     settings = job(source, tmp_path / "out", shard_images=4)
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    assert run(settings.command().split()[2:], monkeypatch) == 130
-    thread.join()
+    process = subprocess.Popen(
+        [sys.executable, *shlex.split(settings.command())[1:]],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background of a script, SIGINT is ignored, and that is inherited.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "out").glob("_receipts/train/*.json")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
     said = ["note: what is packed stays; run the same command again and it goes on from there", "segray: stopped"]
-    assert capsys.readouterr().err.splitlines() == said
+    assert stderr.splitlines() == said
     assert not (tmp_path / "out/statistics.json").exists()
     assert 0 < len(shards(tmp_path / "out")) < number / 4
     pack(settings)
