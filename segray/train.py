@@ -8,7 +8,7 @@ SOURCE ─index──▶ where each pair lies, or the first fault      before an
 
 Which images a step sees, and how they are cut, follows from the seed and the step's number, however many workers there
 are. So a training that was broken off goes on, with as many workers as there are then, from the newest state in the
-sink: nothing else remembers.
+sink: nothing else remembers. Where workers are lost, it does so by itself as long as it moves.
 """
 
 import contextlib
