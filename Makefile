@@ -22,10 +22,14 @@ demo: install
 	python jobs/evaluate.py $(DEMO)/labels $(DEMO)/scenes/targets
 	python jobs/report.py $(DEMO)/labels
 
-test: lint
-	pytest --numprocesses 2 --dist loadfile
+# The longest first, so that both processes end at about the same time.
+LONGEST := $(patsubst %,tests/test_%.py,label train cluster chaos jobs)
 
-# The long forms: CamVid at full size; on a cluster training, and models on pretended GPUs.
+test: lint
+	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(LONGEST) tests
+
+# The long forms: CamVid at full size, each architecture by heart; trainings that are stopped, lost nodes, models on
+# pretended GPUs.
 test-slow: install
 	pytest -m slow
 
@@ -47,9 +51,10 @@ lint: install
 	mypy
 	lint-imports
 
-# Images per second of this job, of a bare loop and of Ray's documented recipe, in one run.
+# Images per second of labelling, against a bare loop and Ray's documented recipe; and of training, against its step.
 benchmark: install
 	python tests/benchmarks/throughput.py
+	python tests/benchmarks/training.py
 
 clean:
 	rm -rf build

@@ -8,6 +8,7 @@ The modules, in the order in which data meets them:
     tile        Window, Tiling, windows(height, width)
     model       name or checkpoint → module, Classes, preprocessing
     predict     Predictor, the actor class
+    crf         probabilities drawn to the edges of an image
     stitch      weight, accumulate, divide
     labelmap    label maps as PNG, in colour, as masks
     statistics  ConfusionMatrix, IoU
@@ -16,7 +17,17 @@ The modules, in the order in which data meets them:
     session     a Ray cluster to run on
     progress    what a person sees of a run
     label       the chain of all these
-    train       training on shards of pairs
+    pack        images and targets into shards
+    pairs       shards of pairs: what is in them, and single pairs out of them
+    augment     what a pair goes through in training
+    feed        which pairs a step sees, and how they come there
+    loss        ce, focal, dice, lovasz, ohem
+    schedule    optimiser and rates
+    learn       one step after the other, alone or with others
+    worker      what each worker of Ray Train does
+    journal     what a training keeps in its sink
+    train       training, from settings to the last word
+    curves      a training as a page
     evaluate    a label store against targets
     report      a label store as a page
     compact     a label store, its small parts merged

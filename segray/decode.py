@@ -9,10 +9,13 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from segray.errors import Reject
 
-__all__ = ["FORMATS", "decode"]
+__all__ = ["FORMATS", "MAX_PIXELS", "decode"]
 
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF")
 """What is tried, by Pillow's names. A phone's JPEG with further pictures behind it (MPO) is a JPEG."""
+
+MAX_PIXELS = 178_956_970
+"""That are decoded where nothing else is said: beyond them Pillow takes an image for an attack."""
 
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"II*\0", b"MM\0*", b"BM", b"GIF8")
 

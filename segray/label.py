@@ -28,7 +28,7 @@ from tyro.conf import Positional
 import segray
 from segray import metrics, progress
 from segray.classes import Classes
-from segray.decode import decode
+from segray.decode import MAX_PIXELS, decode
 from segray.errors import Reject, RunError, SettingsError, SinkError, SourceError
 from segray.labelmap import dtype_for, encode_png
 from segray.progress import Fetched, Ledger, Snapshot, Totals, is_json, note, print_table, say, say_as, watch
@@ -99,7 +99,7 @@ class Label:
     column: str | None = None
     """Column of URIs in a manifest, or of image bytes in Parquet shards; None: it is found."""
 
-    max_pixels: int = 178_956_970
+    max_pixels: int = MAX_PIXELS
     """Images with more pixels are rejected before they are decoded."""
 
     max_rejects: float = 0.1
@@ -107,6 +107,9 @@ class Label:
 
     tiling: Tiling = field(default_factory=Tiling)
     """How large images are cut."""
+
+    crf: bool = False
+    """Refine what the model says with DeepLab's CRF; a tiled image is refined whole, in 4 times its logits' memory."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto: on GPUs where the cluster has any."""
@@ -294,6 +297,7 @@ def _chain(
     import ray
     from ray.data import ExecutionResources
 
+    from segray.crf import Crf
     from segray.predict import CPU_ENVIRONMENT
 
     limits = ExecutionResources.for_limits(cpu=placement.max_cpus)
@@ -316,6 +320,7 @@ def _chain(
                 "read_checkpoint": functools.partial(ray.get, checkpoint_ref),
                 "ledger": ledger,
                 "tiling": job.tiling,
+                "crf": Crf() if job.crf else None,
                 "batch_size": job.batch_size,
                 "device": placement.device,
                 "dtype": job.dtype,
@@ -583,7 +588,7 @@ class _Predictor:
             metrics.batch(num_images)
 
         self._ledger = ledger
-        self._predictor = Predictor(read_checkpoint, beat=beat, **settings)
+        self._predictor = Predictor(read_checkpoint, beat=beat, refined=ledger.refined.remote, **settings)
         ledger.beat.remote()
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
@@ -750,6 +755,7 @@ class _Run:
             "finished": datetime.now(UTC).isoformat(),
             "seconds": {"total": total_seconds, "start": first - began, "steady": last - first},
             "images_per_second": num_steady / (last - first) if last > first and num_steady else None,
+            "crf_ms_per_image": state.crf_ms_per_image,
             "throughput": self.samples,
             "num_lost": max(0, state.num_predicted - totals.num_labelled - totals.rejects.total()),
             "counts": {
@@ -769,11 +775,15 @@ class _Run:
 
 def _recipe(job: Label, checkpoint: Any) -> dict[str, Any]:
     """What decides a label, and its digest: the recipe's id."""
+    from segray.crf import Crf
+
+    refinement = {"crf": dataclasses.asdict(Crf())} if job.crf else {}
     decisive = {
         "labelling": _LABELLING,
         "model": checkpoint.digest(),
         "tiling": dataclasses.asdict(job.tiling),
         "dtype": job.dtype,
+        **refinement,
     }
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
     return {
@@ -791,6 +801,7 @@ def _recipe(job: Label, checkpoint: Any) -> dict[str, Any]:
         "preprocessing": dataclasses.asdict(checkpoint.preprocessing),
         "tiling": dataclasses.asdict(job.tiling),
         "dtype": job.dtype,
+        **refinement,
         "segray": segray.__version__,
     }
 
@@ -819,6 +830,7 @@ def _print_prospect(job: Label, source: Any, checkpoint: Any, sink: Any, recipe:
         ["dry run", ""],
         [
             ["recipe", f"{recipe}{', new' if not len(done) else ''}{beside}"],
+            *([["refined by", "a CRF"]] if job.crf else []),
             ["loose images to label", f"{num_loose:,}"],
             ["shards to open", f"{num_shards:,}{f', of about {per_shard:,.0f} images' if num_shards else ''}"],
             ["of these, changed since they were labelled", f"{sink.num_changed(pa.concat_tables([loose, shards])):,}"],
@@ -884,7 +896,8 @@ def _forget(shard: str, members: list[str]) -> None:
 def _print_summary(job: Label, record: Mapping[str, Any]) -> None:
     if is_json():
         told = {
-            name: record[name] for name in ("status", "ended", "counts", "num_lost", "seconds", "images_per_second")
+            name: record[name]
+            for name in ("status", "ended", "counts", "num_lost", "seconds", "images_per_second", "crf_ms_per_image")
         }
         say(f"written to {job.sink}", **told)
         return
@@ -913,10 +926,11 @@ def _print_summary(job: Label, record: Mapping[str, Any]) -> None:
                 for c in record["classes"]
             ],
         )
-    rate = record["images_per_second"]
+    rate, crf_ms = record["images_per_second"], record["crf_ms_per_image"]
     print(
         f"{seconds['total']:.1f} s in all, {seconds['start']:.1f} s of them to the first label map"
         + (f", then {rate:.1f} images/s" if rate else "")
+        + (f"; the CRF took {crf_ms:,.1f} ms an image" if crf_ms is not None else "")
     )
     print(f"written to {job.sink}")
     if record["status"] != "finished" or record["ended"]:

@@ -246,8 +246,9 @@ def _acquire(store: _Store, run_id: str, wait_seconds: float, say: Callable[[str
             continue
         if time.monotonic() >= deadline:
             raise Locked(
-                f"another run holds the lock of this sink: {other}; wait for it with --wait SECONDS "
-                f"(one that has died loses it {LEASE_SECONDS:.0f} s after it was last heard of)"
+                f"another run holds the lock of this sink: {other}; the same command goes on after it, and the label "
+                "job waits with --wait SECONDS (one that has died loses the lock "
+                f"{LEASE_SECONDS:.0f} s after it was last heard of)"
             )
         if not told:
             say(f"waiting for {other}")

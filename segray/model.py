@@ -21,10 +21,11 @@ import segmentation_models_pytorch as smp
 import timm
 import torch
 import torchvision
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchvision.models import segmentation
+from torchvision.transforms.v2 import functional as TF
 
 from segray.classes import Classes
 from segray.errors import ModelError, SettingsError
@@ -38,7 +39,9 @@ __all__ = [
     "known_models",
     "load",
     "logits",
+    "normalised",
     "notices",
+    "start",
     "untrained",
 ]
 
@@ -221,6 +224,85 @@ def logits(
     return result
 
 
+def normalised(
+    pixels: UInt8[Tensor, "batch 3 height width"], preprocessing: Preprocessing
+) -> Float[Tensor, "batch channels height width"]:
+    """What a model is fed: its channels of RGB pixels, in its range, less its mean, by its std; float32."""
+    if preprocessing.channels == "BGR":
+        pixels = pixels.flip(1)
+    elif preprocessing.channels == "L":
+        pixels = TF.rgb_to_grayscale(pixels)
+    values = pixels.float()
+    if preprocessing.range == 1:
+        values = values / 255
+    mean, std = (
+        torch.tensor(numbers, device=pixels.device).view(-1, 1, 1)
+        for numbers in (preprocessing.mean, preprocessing.std)
+    )
+    return values.sub_(mean).div_(std)
+
+
+def start(
+    name: str,
+    classes: Classes,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    weights: Literal["random", "imagenet", "published"] = "random",
+    preprocessing: Preprocessing | None = None,
+    seed: int = 0,
+) -> tuple[Checkpoint, list[str]]:
+    """Where a training begins.
+
+    Args:
+        name: a model's name, or a segray checkpoint (`.safetensors`), which is trained further.
+        classes: what it is to tell apart.
+        arguments: what else the constructor of a named one is given.
+        weights: of a named one: random, with its library's ImageNet weights for the backbone, or the published ones.
+        preprocessing: what a model with random weights is fed. None: ImageNet's mean and std.
+        seed: decides what is random.
+
+    Returns:
+        The checkpoint, of published weights without the size to which they would have images brought, and the names of
+        those of its tensors that nothing was there for: the head's, where the classes are others.
+
+    Raises:
+        ModelError: the name is not known, the weights cannot be had, or the arguments do not fit.
+        SettingsError: arguments or weights are given beside a checkpoint.
+    """
+    is_ours = name.endswith(".safetensors")
+    if is_ours:
+        if arguments or weights != "random":
+            raise SettingsError(f"--arguments and --weights go with a model's name; {name} brings its own")
+        given = load(name)
+        arguments, preprocessing = given.arguments, given.preprocessing
+        fresh = _fresh(given.architecture, arguments, classes, preprocessing, seed)
+    else:
+        architecture, named = _parse(name)
+        merged = {**named, **(arguments or {})}
+        if weights == "random":
+            return _fresh(architecture, merged, classes, preprocessing or Preprocessing(), seed), []
+        if weights == "published" and architecture not in _TORCHVISION:
+            raise ModelError(
+                f"{name} has no published segmentation weights; --weights imagenet gives it those of its encoder, "
+                "--weights random none"
+            )
+        given = load(name) if weights == "published" else _on_imagenet(architecture, merged)
+        fresh = _fresh(architecture, merged, classes, given.preprocessing, seed)
+    fitting = {tensor_name: tensor for tensor_name, tensor in given.tensors.items() if tensor_name in fresh.tensors}
+    if given.classes.names != classes.names:
+        # The head is what has another shape where there is one class more.
+        larger = Classes((*classes.names, "\0"), ignore_index=len(classes) + 1)
+        other = _fresh(fresh.architecture, fresh.arguments, larger, fresh.preprocessing, seed).tensors
+        fitting = {key: tensor for key, tensor in fitting.items() if other[key].shape == fresh.tensors[key].shape}
+    begun = dataclasses.replace(
+        fresh,
+        preprocessing=fresh.preprocessing if is_ours else dataclasses.replace(fresh.preprocessing, resize=None),
+        origin={"weights": name if is_ours else weights},
+        tensors={**fresh.tensors, **fitting},
+    )
+    return begun, sorted(fresh.tensors.keys() - fitting.keys())
+
+
 def input_multiple(module: nn.Module) -> int:
     """What the height and width of its input must be multiples of."""
     if not getattr(module, "requires_divisible_input_shape", False):
@@ -320,16 +402,64 @@ def untrained(
         ModelError: the name is not known, or the arguments do not fit.
     """
     architecture, named = _parse(model)
-    merged = {**named, **(arguments or {})}
-    preprocessing = preprocessing or Preprocessing()
+    return _fresh(architecture, {**named, **(arguments or {})}, classes, preprocessing or Preprocessing(), seed)
+
+
+def _fresh(
+    architecture: str, arguments: Mapping[str, Any], classes: Classes, preprocessing: Preprocessing, seed: int
+) -> Checkpoint:
     torch.manual_seed(seed)
-    module = _bare_module(architecture, merged, classes, preprocessing)
+    module = _bare_module(architecture, arguments, classes, preprocessing)
     return Checkpoint(
         architecture=architecture,
-        arguments=merged,
+        arguments=arguments,
         classes=classes,
         preprocessing=preprocessing,
         tensors=module.state_dict(),
+    )
+
+
+def _on_imagenet(architecture: str, arguments: Mapping[str, Any]) -> Checkpoint:
+    """A model whose backbone has the weights that its library publishes; its head is random, of one class."""
+    way_out = "fetch them elsewhere and copy Hugging Face's cache (set by HF_HOME)"
+    try:
+        if architecture in _TORCHVISION:
+            weights = torchvision.models.get_model_weights(architecture.partition("_")[2]).DEFAULT
+            folder = Path(torch.hub.get_dir(), "checkpoints")
+            way_out = f"download {weights.url} elsewhere and put it into {folder} (set by TORCH_HOME)"
+            module: Any = torchvision.models.get_model(
+                architecture, weights=None, weights_backbone=None, num_classes=1, **arguments
+            )
+            # Not by torchvision's own way, which would unpickle whatever file is there.
+            given = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+            given = {name.removeprefix("features."): tensor for name, tensor in given.items()}
+            if missing := module.backbone.load_state_dict(given, strict=False).missing_keys:
+                raise ValueError(f"{len(missing)} tensors are missing, e.g. {missing[0]}")
+            published = Preprocessing()
+        else:
+            encoder = arguments["encoder_name"]
+            there = True if encoder.startswith("tu-") else "imagenet"  # timm's names say which
+            module = smp.create_model(architecture, encoder_weights=there, classes=1, **arguments)
+            described = smp.encoders.get_preprocessing_params(encoder, "imagenet")
+            published = Preprocessing(
+                channels=described["input_space"],
+                range=1 if described["input_range"][1] == 1 else 255,
+                mean=tuple(described["mean"]),
+                std=tuple(described["std"]),
+            )
+    except Exception as error:  # of the network, the disk, the constructor, …
+        raise ModelError(
+            f"the ImageNet weights for {architecture} {dict(arguments)} could not be had ({_reason(error)}); "
+            f"start with --weights random, or {way_out}"
+        ) from error
+    backbone = "backbone." if architecture in _TORCHVISION else "encoder."
+    tensors = {name: tensor for name, tensor in module.state_dict().items() if name.startswith(backbone)}
+    return Checkpoint(
+        architecture=architecture,
+        arguments=arguments,
+        classes=Classes(("class",)),
+        preprocessing=published,
+        tensors=tensors,
     )
 
 
@@ -349,6 +479,12 @@ def _parse(name: str) -> tuple[str, dict[str, Any]]:
 def _bare_module(
     architecture: str, arguments: Mapping[str, Any], classes: Classes, preprocessing: Preprocessing
 ) -> nn.Module:
+    if architecture in _TORCHVISION and arguments:  # which it would swallow
+        raise ModelError(
+            f"{architecture} takes no arguments, and was given {dict(arguments)}; output stride and atrous rates are "
+            "those of segmentation-models-pytorch's, e.g. deeplabv3_resnet34 with "
+            '\'{"encoder_output_stride": 8, "decoder_atrous_rates": [6, 12, 18]}\''
+        )
     try:
         if architecture in _TORCHVISION:
             module: nn.Module = torchvision.models.get_model(

@@ -1,5 +1,6 @@
 """Predictor, the actor class: images in, label maps and class counts out. Runs without Ray."""
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from jaxtyping import Float, Float64, Int64, UInt, UInt8
 from torch import Tensor
 
 from segray import model
+from segray.crf import Crf, refine
 from segray.errors import Reject
 from segray.labelmap import dtype_for
 from segray.model import Checkpoint
@@ -53,9 +55,9 @@ class Predictor:
     """Holds a model in memory and labels batches of images with it.
 
     Images of any sizes may come together: those of one size share a batch, and those beyond
-    `tiling.size` are cut into tiles, which are batched, blended and stitched. On a CPU a label map
-    does not depend on what an image was batched with; on a GPU it may, in pixels whose two largest
-    logits are equal up to rounding.
+    `tiling.size` are cut into tiles, which are batched, blended and stitched. A CRF comes after that, and
+    sees whole images at their own size. On a CPU a label map does not depend on what an image was
+    batched with; on a GPU it may, in pixels whose two largest logits are equal up to rounding.
     """
 
     def __init__(
@@ -63,23 +65,27 @@ class Predictor:
         read_checkpoint: Callable[[], bytes],
         *,
         tiling: Tiling | None = None,
+        crf: Crf | None = None,
         batch_size: int = 16,
         device: str = "cpu",
         dtype: DType = "float32",
         num_threads: int | None = None,
         beat: Callable[[int], object] = lambda num_images: None,
+        refined: Callable[[float], object] = lambda seconds: None,
     ) -> None:
         """Builds the model on its device.
 
         Args:
             read_checkpoint: gives the bytes of a `Checkpoint`; called once, where the model will live.
             tiling: how large images are cut.
+            crf: what refines the model's probabilities. None: nothing does.
             batch_size: images, or tiles, of up to 640×640 pixels that share a forward pass;
                 larger ones in proportion fewer.
             device: torch's name of a device.
             dtype: what the forward pass computes in; logits are float32 from there on.
             num_threads: threads of the forward pass on a CPU. None: torch's default.
             beat: is called after each forward pass with the number of images, or tiles, in it.
+            refined: is called after each image that the CRF refined, with the seconds that it took.
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
@@ -87,6 +93,7 @@ class Predictor:
         self._classes = checkpoint.classes
         self._preprocessing = checkpoint.preprocessing
         self._tiling = tiling or Tiling()
+        self._crf = crf
         self._batch_size = batch_size
         self._device = torch.device(device)
         self._dtype = getattr(torch, dtype)
@@ -99,9 +106,8 @@ class Predictor:
         self._multiple = model.input_multiple(module)
         self._minimum = model.input_minimum(module)
         self._module = module.to(memory_format=self._memory_format).to(self._device)
-        self._mean = torch.tensor(self._preprocessing.mean, device=self._device).view(-1, 1, 1)
-        self._std = torch.tensor(self._preprocessing.std, device=self._device).view(-1, 1, 1)
         self._beat = beat
+        self._tell_refined = refined
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Labels the decoded images of a batch; its other rows (rejects) pass through.
@@ -175,14 +181,15 @@ class Predictor:
         height, width = images[0].shape[:2]
         is_tiled = max(self._input_size(height, width)) > self._tiling.size
         try:
-            pixels = self._resized(torch.from_numpy(np.stack(images)))
+            own = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+            pixels = self._resized(own)
             if is_tiled:
-                return [self._predict_tiled(image, height, width, num_tiles) for image in pixels]
-            return self._label(self._logits(pixels), height, width)
+                return [self._predict_tiled(*pair, num_tiles) for pair in zip(own, pixels, strict=True)]
+            return self._label(self._logits(pixels), own)
         except torch.AcceleratorError:  # the GPU's state is lost with it
             raise
         except Exception as error:  # a model may raise anything
-            reject = _failed(error, height, width)
+            reject = _failed(error, height, width, "lower --tiling.size" + (" or leave out --crf" if self._crf else ""))
         torch.cuda.empty_cache()  # outside of the handler, whose traceback would hold the batch
         if len(images) == 1:
             return self._predict_alike(images, num_tiles=1) if is_tiled and num_tiles is None else [reject]
@@ -200,23 +207,13 @@ class Predictor:
         num_pixels = min(height, side) * min(width, side)
         return max(1, min(self._batch_size, self._batch_size * _FULL_BATCH_SIDE**2 // num_pixels))
 
-    def _resized(self, images: UInt8[Tensor, "batch height width 3"]) -> UInt8[Tensor, "batch 3 h w"]:
-        pixels = images.to(self._device).permute(0, 3, 1, 2)
+    def _resized(self, images: UInt8[Tensor, "batch 3 height width"]) -> UInt8[Tensor, "batch 3 h w"]:
+        pixels = images.to(self._device)
         if self._preprocessing.resize is None:
             return pixels
         bilinear = TF.InterpolationMode.BILINEAR
         resized: Tensor = TF.resize(pixels, [self._preprocessing.resize], bilinear, antialias=True)
         return resized
-
-    def _normalised(self, pixels: UInt8[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch channels h w"]:
-        if self._preprocessing.channels == "BGR":
-            pixels = pixels.flip(1)
-        elif self._preprocessing.channels == "L":
-            pixels = TF.rgb_to_grayscale(pixels)
-        values = pixels.float()
-        if self._preprocessing.range == 1:
-            values = values / 255
-        return values.sub_(self._mean).div_(self._std)
 
     def _logits(self, pixels: UInt8[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch num_classes h w"]:
         """Logits in float32, one for each pixel of the model's input."""
@@ -225,24 +222,22 @@ class Predictor:
             # For one image alone a CPU takes other kernels than for two or more, which round otherwise.
             pixels = pixels.expand(2, -1, -1, -1)
         padding = (0, self._padding(width), 0, self._padding(height))
-        values = (
-            F.pad(self._normalised(pixels), padding, mode="replicate") if any(padding) else self._normalised(pixels)
-        )
+        values = model.normalised(pixels, self._preprocessing)
+        if any(padding):
+            values = F.pad(values, padding, mode="replicate")
         values = values.contiguous(memory_format=self._memory_format)
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
             logits = model.logits(self._module, values).float()
         self._beat(num_images)
         logits = logits[:num_images]
-        if logits.shape[-2:] != values.shape[-2:]:
-            logits = F.interpolate(logits, values.shape[-2:], mode="bilinear", align_corners=False)
-        return logits[..., :height, :width]
+        return _resized_to(logits, *values.shape[-2:])[..., :height, :width]
 
     def _padding(self, length: int) -> int:
         least = max(length, self._minimum)
         return least + -least % self._multiple - length
 
     def _predict_tiled(
-        self, pixels: UInt8[Tensor, "3 h w"], height: int, width: int, num_together: int | None
+        self, image: UInt8[Tensor, "3 height width"], pixels: UInt8[Tensor, "3 h w"], num_together: int | None
     ) -> Prediction:
         input_height, input_width = pixels.shape[-2:]
         together = num_together or self._num_together(input_height, input_width)
@@ -258,30 +253,53 @@ class Predictor:
 
         weights = torch.from_numpy(weight(cut[0].height, cut[0].width, self._tiling)).to(self._device)
         bands = (band.float()[None] for band in stitch(tiles(), input_width, weights, zeros))
-        if (input_height, input_width) != (height, width):
-            return self._label(torch.cat(list(bands), dim=2), height, width)[0]
-        labelled = [self._label(band, band.shape[2], width)[0] for band in bands]
+        if self._crf is not None or pixels.shape != image.shape:
+            return self._label(torch.cat(list(bands), dim=2), image[None])[0]
+        labelled = [self._prediction(band, band.shape[2], input_width) for band in bands]
         return Prediction(
             label_map=np.concatenate([band.label_map for band in labelled]),
             num_pixels=np.sum([band.num_pixels for band in labelled], axis=0),
             confidence_sum=np.sum([band.confidence_sum for band in labelled], axis=0),
         )
 
-    def _label(self, logits: Float[Tensor, "batch num_classes h w"], height: int, width: int) -> list[Prediction]:
-        """Logits, brought to height × width, to label maps: the class of the largest, the first of equals."""
+    def _label(
+        self, logits: Float[Tensor, "batch num_classes h w"], images: UInt8[Tensor, "batch 3 height width"]
+    ) -> list[Prediction]:
+        """Logits, brought to the images' own size, to label maps."""
+        height, width = images.shape[-2:]
+        # One at a time stays in the CPU's caches.
+        pairs = zip(torch.split(logits, 1), images, strict=True)
+        return [self._prediction(self._refined(of_image, image), height, width) for of_image, image in pairs]
+
+    def _refined(
+        self, logits: Float[Tensor, "1 num_classes h w"], image: UInt8[Tensor, "3 height width"]
+    ) -> Float[Tensor, "1 num_classes _ _"]:
+        """The logits as they are, or with a CRF those of the refined probabilities, at the image's own size."""
+        if self._crf is None:
+            return logits
+        self._synchronise()
+        began = time.perf_counter()
+        probabilities = refine(_resized_to(logits, *image.shape[-2:])[0], image.to(self._device), self._crf)
+        refined = probabilities.clamp_(min=torch.finfo(probabilities.dtype).tiny).log_()
+        self._synchronise()
+        self._tell_refined(time.perf_counter() - began)
+        return refined[None]
+
+    def _synchronise(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _prediction(self, logits: Float[Tensor, "1 num_classes h w"], height: int, width: int) -> Prediction:
+        """One image's logits, brought to height × width, to the class of the largest, the first of equals."""
         num_classes = len(self._classes)
-        predictions = []
-        for of_image in torch.split(logits, 1):  # one at a time stays in the CPU's caches
-            label_map, confidence = (of_batch.flatten() for of_batch in self._argmax(of_image, height, width))
-            num_pixels = torch.bincount(label_map, minlength=num_classes)
-            confidence_sum = torch.bincount(label_map, weights=confidence.double(), minlength=num_classes)
-            prediction = Prediction(
-                label_map=label_map.view(height, width).cpu().numpy().astype(dtype_for(num_classes)),
-                num_pixels=num_pixels.cpu().numpy(),
-                confidence_sum=confidence_sum.cpu().numpy(),
-            )
-            predictions.append(prediction)
-        return predictions
+        label_map, confidence = (of_batch.flatten() for of_batch in self._argmax(logits, height, width))
+        num_pixels = torch.bincount(label_map, minlength=num_classes)
+        confidence_sum = torch.bincount(label_map, weights=confidence.double(), minlength=num_classes)
+        return Prediction(
+            label_map=label_map.view(height, width).cpu().numpy().astype(dtype_for(num_classes)),
+            num_pixels=num_pixels.cpu().numpy(),
+            confidence_sum=confidence_sum.cpu().numpy(),
+        )
 
     def _argmax(self, logits: Float[Tensor, "batch num_classes h w"], height: int, width: int) -> tuple[Tensor, Tensor]:
         """The class (int64) and the probability of the largest logit, both (batch, height, width).
@@ -291,10 +309,7 @@ class Predictor:
         """
 
         def upsampled(first: int, last: int) -> Tensor:
-            some = logits[:, first:last]
-            if some.shape[-2:] == (height, width):
-                return some
-            return F.interpolate(some, (height, width), mode="bilinear", align_corners=False)
+            return _resized_to(logits[:, first:last], height, width)
 
         num_classes = logits.shape[1]
         together = max(1, _LOGITS_BYTES // (4 * logits.shape[0] * height * width))
@@ -311,10 +326,18 @@ class Predictor:
         return label_map, 1 / total
 
 
-def _failed(error: Exception, height: int, width: int) -> Reject:
+def _resized_to(
+    logits: Float[Tensor, "batch num_classes h w"], height: int, width: int
+) -> Float[Tensor, "batch num_classes height width"]:
+    if logits.shape[-2:] == (height, width):
+        return logits
+    return F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
+
+
+def _failed(error: Exception, height: int, width: int, way_out: str) -> Reject:
     text = " ".join(str(error).split())[:300]
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "memory" in text:
-        return Reject("predict", "out of memory", f"{width}×{height} alone; lower --tiling.size: {text}")
+        return Reject("predict", "out of memory", f"{width}×{height} alone; {way_out}: {text}")
     return Reject("predict", "the model failed", f"{width}×{height}: {text}")
 
 

@@ -88,6 +88,8 @@ class Snapshot:
     """Images that were done at `first_done`."""
     is_bounded: bool
     """Whether images were left for another time."""
+    crf_ms_per_image: float | None
+    """Milliseconds that the CRF took, on average; None where it refined nothing."""
     num_signs: int
     """Signs of life since the first model was built (nodes may take long to come); it grows as long as they do."""
 
@@ -117,6 +119,8 @@ class Ledger:
         self._fetched: dict[str, Fetched] = {}
         self._receipts: dict[str, Receipt] = {}
         self._num_predicted = 0
+        self._num_refined = 0
+        self._crf_seconds = 0.0
         self._num_done = 0
         self._num_rejected = 0
         self._num_done_first = 0
@@ -162,6 +166,12 @@ class Ledger:
         """So many more images went through a model."""
         self._num_predicted += num_images
 
+    def refined(self, seconds: float) -> None:
+        """The CRF is done with one more image."""
+        self._num_refined += 1
+        self._crf_seconds += seconds
+        self.beat()
+
     def alive(self) -> None:
         """A shard is being read, though nothing in it is new."""
         self._num_signs += 1
@@ -204,6 +214,7 @@ class Ledger:
             last_done=self._last,
             num_done_first=self._num_done_first,
             is_bounded=self._is_bounded,
+            crf_ms_per_image=1000 * self._crf_seconds / self._num_refined if self._num_refined else None,
             num_signs=self._num_beats
             and self._num_beats
             + self._num_signs

@@ -1,4 +1,4 @@
-"""A label store as one HTML page, and its label maps and masks as PNG."""
+"""A sink as one HTML page, and the label maps and masks of a label store as PNG."""
 
 import base64
 import hashlib
@@ -28,6 +28,7 @@ from PIL import Image
 from tyro.conf import Positional
 
 from segray.classes import RGB, Classes
+from segray.curves import Training
 from segray.decode import decode
 from segray.errors import Reject, RunError, SettingsError, SinkError
 from segray.labelmap import class_mask, colourise, decode_png
@@ -47,10 +48,14 @@ _NUM_AT_ONCE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Makes one HTML page of a sink: numbers, classes, rejects, and images under their label maps."""
+    """Makes one HTML page of a sink.
+
+    Of a label store: numbers, classes, rejects, and images under their label maps. Of a training: its curves, the
+    confusion matrix, and the images that it gets most wrong.
+    """
 
     sink: Positional[str]
-    """The label store: a folder or prefix that `label` wrote."""
+    """A folder or prefix that `label` wrote, or `train`."""
 
     html: str | None = None
     """The page's file or URI. Default: `report.html` in a local sink (`image-ID.html` with --image-id)."""
@@ -62,7 +67,8 @@ class Report:
     """The run whose numbers are shown. Default: the newest of the recipe."""
 
     num_images: int = 24
-    """Images on the page: one half the least confident, the other half drawn at random."""
+    """Images on the page: one half the least confident, the other half drawn at random. Of a training, the worst,
+    at most 8."""
 
     seed: int = 0
     """Draws another random half."""
@@ -102,9 +108,17 @@ def report(job: Report) -> str:
 
     Raises:
         SinkError: there is no such store, recipe, run or image, or nothing in it to show.
+        SettingsError: an option asks of a training what only a label store has.
         RunError: the page or a PNG cannot be written.
     """
-    store = LabelStore.open(job.sink)
+    training = Training.open(job.sink)
+    if training is not None:
+        return _report_training(job, training)
+    try:
+        store = LabelStore.open(job.sink)
+    except SinkError as error:
+        way_out = f"there is no training.json either, which `segray train SOURCE {job.sink}` writes"
+        raise SinkError(f"{error}; {way_out}") from error
     recipe_id, run = _choose(store, job.recipe, job.run)
     recipe = store.recipe(recipe_id)
     classes = Classes.from_dict(recipe["classes"])
@@ -145,11 +159,23 @@ def report(job: Report) -> str:
         page |= {"title": image["name"], "classes": [], "galleries": [{"title": None, "images": [image]}]}
 
     path = job.html or f"{store.path}/{'report' if chosen is None else f'image-{job.image_id}'}.html"
-    _write(path, _fill(page).encode())
+    _write(path, _fill(page, "report.html").encode())
     print(f"Page: {path}")
     if job.export is not None:
         num_images = _export(store, recipe_id, classes, job.export, chosen)
         print(f"PNGs: {job.export} ({num_images} label maps, and a mask of each class in them)")
+    return path
+
+
+def _report_training(job: Report, training: Training) -> str:
+    for option in ("recipe", "run", "image_id", "export"):
+        if getattr(job, option) is not None:
+            raise SettingsError(
+                f"--{option.replace('_', '-')} is for label stores, and {job.sink} holds a training; leave it out"
+            )
+    path = job.html or f"{training.path}/report.html"
+    _write(path, _fill(training.page(job.num_images), "curves.html").encode())
+    print(f"Page: {path}")
     return path
 
 
@@ -395,11 +421,11 @@ def _hex(colour: RGB) -> str:
     return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
-def _fill(page: dict[str, Any]) -> str:
-    template = Template((files("segray") / "report.html").read_text(encoding="utf-8"))
+def _fill(page: dict[str, Any], part: str) -> str:
+    shell, drawing = ((files("segray") / name).read_text(encoding="utf-8") for name in ("page.html", part))
     # Inside a script element "<" could end it or open a comment; the escape is the same JSON.
     data = json.dumps(page, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    return template.substitute(title=html.escape(page["title"]), data=data)
+    return Template(shell).substitute(title=html.escape(page["title"]), part=drawing, data=data)
 
 
 def _export(store: LabelStore, recipe_id: str, classes: Classes, folder: str, chosen: _Found | None) -> int:

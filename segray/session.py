@@ -48,7 +48,9 @@ def session() -> Iterator[ModuleType]:
             raise Refused(f"{place}: {str(error).partition(chr(10))[0]}") from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end the process at once
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # a wrapping of Ray's would lose it on the way here
     for name in ("ray.data", "ray.train"):  # what fails is told by the job, in one line
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
@@ -60,7 +62,8 @@ def session() -> Iterator[ModuleType]:
 
 def root_cause(error: BaseException) -> str:
     """The first line of what lies under Ray's wrappings of a worker's exception."""
-    while not isinstance(error, SegrayError) and (cause := getattr(error, "cause", None) or error.__cause__):
+    # Ray's own have `cause`, and may be of the class of what they wrap, too.
+    while cause := getattr(error, "cause", None) or (None if isinstance(error, SegrayError) else error.__cause__):
         error = cause
     text = str(error) if isinstance(error, SegrayError) else f"{type(error).__name__}: {error}"
     return text.strip().splitlines()[0][:500]

@@ -48,7 +48,18 @@ from segray.errors import SinkError
 from segray.retry import retrying
 from segray.source import filesystem, is_shard, known
 
-__all__ = ["LABELLED", "LABEL_MAPS", "REJECTS", "SHARDS", "STATISTICS", "PartSink", "Receipt", "Sink", "part_name"]
+__all__ = [
+    "LABELLED",
+    "LABEL_MAPS",
+    "REJECTS",
+    "SHARDS",
+    "STATISTICS",
+    "PartSink",
+    "Receipt",
+    "Sink",
+    "part_name",
+    "put",
+]
 
 LABEL_MAPS = pa.schema(
     {
@@ -480,26 +491,7 @@ class Sink:
             raise SinkError(f"{path} cannot be removed: {type(error).__name__}: {error}") from error
 
     def _put(self, path: str, data: bytes) -> None:
-        if not isinstance(self.filesystem, LocalFileSystem):
-            # An object appears whole or not at all. In one request: what is cut short leaves nothing behind.
-            whole = {"chunksize": _MAX_PUT_BYTES} if "s3" in self.filesystem.protocol else {}
-            retrying(lambda: self.filesystem.pipe_file(path, data, **whole))
-            return
-        folder, name = os.path.split(path)
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}.", suffix=".tmp", delete=False) as file:
-            try:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            except BaseException:
-                os.unlink(file.name)
-                raise
-        os.chmod(file.name, 0o644)  # a temporary file is its owner's alone
-        os.replace(file.name, path)
-        directory = os.open(folder, os.O_RDONLY)
-        os.fsync(directory)  # or a power cut might keep the second of two parts and lose the first
-        os.close(directory)
+        put(self.filesystem, path, data)
 
 
 class PartSink(Datasink[None]):
@@ -539,6 +531,39 @@ class PartSink(Datasink[None]):
         rows = pa.concat_tables(tables)
         for receipt in metrics.staged("write", self._sink.write(rows, self._classes, self._run_id)):
             ray.get(self._ledger.commit.remote(receipt))
+
+
+def put(filesystem: Any, path: str, data: bytes) -> None:
+    """Writes an object, whole or not at all: in one request, or locally under another name first.
+
+    Args:
+        filesystem: fsspec's.
+        path: where, in it; folders that are missing are made.
+        data: at most 5 GiB on S3.
+
+    Raises:
+        Exception: whatever the store's client raises.
+    """
+    if not isinstance(filesystem, LocalFileSystem):
+        # An object appears whole or not at all. In one request: what is cut short leaves nothing behind.
+        whole = {"chunksize": _MAX_PUT_BYTES} if "s3" in filesystem.protocol else {}
+        retrying(lambda: filesystem.pipe_file(path, data, **whole))
+        return
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}.", suffix=".tmp", delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    os.chmod(file.name, 0o644)  # a temporary file is its owner's alone
+    os.replace(file.name, path)
+    directory = os.open(folder, os.O_RDONLY)
+    os.fsync(directory)  # or a power cut might keep the second of two parts and lose the first
+    os.close(directory)
 
 
 def part_name(rows: pa.Table) -> str:

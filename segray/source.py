@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +35,7 @@ from segray.retry import PAUSES_SECONDS, ShortRead, codes, is_refusal, is_transi
 __all__ = [
     "ENTRIES",
     "FETCHED",
+    "Member",
     "Source",
     "fetch",
     "filesystem",
@@ -337,18 +338,27 @@ class _Member(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error} at byte {archive.offset}") from error
 
 
-def tar_samples(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
+class Member(NamedTuple):
+    """A member of a tar."""
+
+    data: bytes
+    """What is in it."""
+    offset: int
+    """Where that begins, in bytes from the begin of the (uncompressed) archive."""
+
+
+def tar_samples(file: BinaryIO) -> Iterator[tuple[str, dict[str, Member]]]:
     """Reads a tar once, front to back, in the WebDataset convention.
 
     Yields:
         For each run of members that share folder and basename up to its first dot, that key and
-        the members' bytes by their extension, which is all behind that dot.
+        the members by their extension, which is all behind that dot.
 
     Raises:
         tarfile.TarError, OSError, EOFError: the archive is truncated or damaged; what came before it was yielded.
     """
     key: str | None = None
-    members: dict[str, bytes] = {}
+    members: dict[str, Member] = {}
     with tarfile.open(fileobj=file, mode="r|*", bufsize=2**20, tarinfo=_Member) as archive:
         try:
             for member in archive:
@@ -363,7 +373,7 @@ def tar_samples(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
                     key, members = member_key, {}
                 content = archive.extractfile(member)
                 assert content is not None  # as it is a file
-                members[extension] = content.read()
+                members[extension] = Member(content.read(), member.offset_data)
         except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
             if members and key is not None and not is_transient(error):  # else there is more to come of it
                 yield key, members
@@ -678,7 +688,7 @@ def _tar_images(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
             key=lambda e: _IMAGE_SUFFIXES.index(f".{e.lower()}"),
         )[:1] or [e for e in members if e.lower().endswith(_IMAGE_SUFFIXES)]
         for extension in extensions:
-            yield f"{key}.{extension}", members[extension]
+            yield f"{key}.{extension}", members[extension].data
 
 
 def _parquet_images(file: BinaryIO, shard: str, column: str | None) -> Iterator[tuple[str, bytes | None]]:

@@ -1,59 +1,54 @@
-"""Training: shards of images with their targets → a checkpoint that the other jobs take.
+"""Training: shards of pairs → a checkpoint that the other jobs take.
 
-SOURCE ─survey─▶ counts, or the first fault              before anything is trained
-       ─stream─▶ crops, for all epochs in one execution  read, decode, augment (Ray tasks)
-       ─shuffle▶ batches
-       ─train──▶ one worker of Ray Train
-       ─validate, with the Predictor that labels
-       ─write──▶ SINK/checkpoint.safetensors
+SOURCE ─index──▶ where each pair lies, or the first fault      before anything is trained
+       ─stream─▶ crops, an image once an epoch in a new order   read, decode, augment (Ray Data)
+       ─learn──▶ workers of Ray Train, each its share of a batch
+       ─validate each epoch, with the Predictor that labels
+       ─write──▶ SINK/checkpoint.safetensors, the best; last.safetensors; metrics.jsonl; state/
+
+Which images a step sees, and how they are cut, follows from the seed and the step's number, however many workers there
+are. So a training that was broken off goes on, with as many workers as there are then, from the newest state in the
+sink: nothing else remembers. Where workers are lost, it does so by itself as long as it moves.
 """
 
+import contextlib
 import dataclasses
 import json
-import math
 import os
 import shlex
-import tarfile
 import tempfile
 import threading
 import time
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from queue import Empty
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import fsspec
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from jaxtyping import UInt, UInt8
-from tyro.conf import Positional
+from tyro.conf import OmitArgPrefixes, Positional
 
+from segray import feed
+from segray.augment import Augmentation
 from segray.classes import Classes
-from segray.decode import decode
-from segray.errors import Reject, RunError, SettingsError, SinkError, SourceError
-from segray.labelmap import decode_png
-from segray.statistics import ConfusionMatrix
+from segray.errors import RunError, SegrayError, SettingsError, SourceError
+from segray.journal import BEST, Journal
+from segray.pairs import Census
+from segray.progress import START_SECONDS, note
+from segray.schedule import Optimization
+from segray.worker import Parallel, Placement, Plan, train_on_worker, versions
 
 if TYPE_CHECKING:  # torch and Ray take seconds to import, and `--help` waits for neither
-    import ray.data
-    import torch
-    from torch import Tensor, nn
-
     from segray.model import Checkpoint, Preprocessing
 
-__all__ = ["Train", "augmented", "pairs", "train", "train_one_epoch"]
+__all__ = ["Train", "train"]
 
-_PAIRS = "a tar holds NAME.jpg with NAME.target.png, a Parquet shard the columns image and target"
-_IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-_MAX_PIXELS = 200_000_000
-_ROWS_PER_BLOCK = 64
-_MAX_BLOCKS = 1000
-
-_Image = UInt8[np.ndarray, "height width 3"]
-_Target = UInt[np.ndarray, "height width"]
+_MAX_FAILURES = 3  # one after the other, without a new state
+_RESIZE_SECONDS = 600.0
+_MAX_WORKER_CPUS = 0.9
+_ENDS = ("finished", "stopped early")
+_PORTABLE = ("sink", "dry_run", "parallel", "patience", "save_steps")
+"""Settings that may be others when a training goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,50 +62,60 @@ class Train:
     source: Positional[str]
     """Folder or prefix of shards: tar (NAME.jpg with NAME.target.png) or Parquet (columns image, target)."""
     sink: Positional[str]
-    """Folder or prefix that receives checkpoint.safetensors."""
+    """Folder or prefix that receives checkpoint.safetensors, and all that training goes on from."""
     val: str | None = None
-    """Shards to validate on. None: the last shard of SOURCE, which is then not trained on."""
+    """Shards to validate on. None: those in SOURCE/val, or else the last of SOURCE, which is then not trained on."""
     classes: str | None = None
     """Classes file. None: classes.json beside the shards."""
 
     model: str = "unet_resnet34"
-    """The model, as the label job names it; it starts from random weights."""
+    """The model, as the label job names it, or a segray checkpoint to train further."""
     arguments: str = "{}"
-    """JSON: what else the model's constructor is given, e.g. '{"decoder_channels": [64, 32, 16, 8, 4]}'."""
+    """JSON: what else the model's constructor is given, e.g. '{"encoder_output_stride": 8}'."""
+    weights: Literal["random", "imagenet", "published"] = "random"
+    """What a named model begins with: its library's ImageNet weights for the backbone, or published ones."""
+    resize: int | None = None
+    """Bring images' shorter side to so many pixels, before they are cut here and before they are labelled. None: as a
+    checkpoint that is trained further says; else they keep their size."""
+    auxiliary: float = 0.0
+    """Weight of the loss of a second head on the backbone's last but one features; 0.4 is usual. 0: none."""
+
+    loss: str = "ce"
+    """Weighted sum of ce, focal, dice, lovasz and ohem, e.g. ce+0.5*dice."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: pixels of rare classes weigh more in ce and ohem (median frequency balancing)."""
+    label_smoothing: float = 0.0
+    """Share of each pixel's target that ce and ohem spread over all classes."""
 
     num_epochs: int = 30
     """How often each image is shown."""
     batch_size: int = 16
-    """Crops in a step."""
-    crop: int = 256
-    """Side in pixels of the square cut out of each image, anew in each epoch."""
-    learning_rate: float = 1e-3
-    """The largest: reached after the warm-up, from where it falls to nothing along a cosine."""
-    warm_up: float = 0.05
-    """Share of the steps in which the learning rate rises to it."""
-    weight_decay: float = 0.01
-    """AdamW's."""
-    shuffle_images: int = 512
-    """Crops held back to be drawn from at random."""
+    """Crops in a step, over all workers."""
+    patience: int | None = None
+    """End after so many epochs without a better mIoU. None: all epochs."""
+    save_steps: int = 1000
+    """Write what training goes on from after so many steps, besides at each epoch's end."""
     seed: int = 0
     """Of the weights, the crops and the order."""
-    num_threads: int | None = None
-    """Threads of the model. None: all cores of the worker's machine."""
+    dry_run: bool = False
+    """Say what would be trained, take a few timed steps, and write nothing."""
+
+    augmentation: Annotated[Augmentation, OmitArgPrefixes] = field(default_factory=Augmentation)
+    """How pairs are varied."""
+    optimization: Annotated[Optimization, OmitArgPrefixes] = field(default_factory=Optimization)
+    """By what, and at which rates."""
+    parallel: Annotated[Parallel, OmitArgPrefixes] = field(default_factory=Parallel)
+    """Where it computes."""
 
     def __post_init__(self) -> None:
-        for name in ("num_epochs", "batch_size", "crop", "shuffle_images"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        for name in ("num_epochs", "batch_size", "patience", "save_steps", "resize"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingsError(f"--{name.replace('_', '-')} {value} must be at least 1")
         if self.seed < 0:
             raise SettingsError(f"--seed {self.seed} must be at least 0")
-        if self.num_threads is not None and self.num_threads < 1:
-            raise SettingsError(f"--num-threads {self.num_threads} must be at least 1")
-        if self.learning_rate <= 0:
-            raise SettingsError(f"--learning-rate {self.learning_rate} must be above 0")
-        if not 0 <= self.warm_up < 1:
-            raise SettingsError(f"--warm-up {self.warm_up} must be at least 0 and below 1")
-        if self.weight_decay < 0:
-            raise SettingsError(f"--weight-decay {self.weight_decay} must be at least 0")
+        if self.auxiliary < 0:
+            raise SettingsError(f"--auxiliary {self.auxiliary} must be at least 0")
         try:
             arguments = json.loads(self.arguments)
         except json.JSONDecodeError as error:
@@ -120,435 +125,407 @@ class Train:
 
     def command(self) -> str:
         """The command line that gives these settings."""
-        options: list[str] = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("source", "sink") and value != field.default:
-                options += [f"--{field.name.replace('_', '-')}", str(value)]
-        return shlex.join(["python", "jobs/train.py", self.source, self.sink, *options])
+        return shlex.join(["python", "jobs/train.py", self.source, self.sink, *_options(self)])
 
 
 def train(job: Train) -> None:
-    """Trains, validates, and writes `SINK/checkpoint.safetensors`.
+    """Trains, and keeps the best model as `SINK/checkpoint.safetensors`.
+
+    Goes on where an earlier training of the same settings was broken off.
 
     Raises:
-        SourceError: there are no shards, or an image lacks its target or has one that does not fit.
-        SettingsError: the settings do not fit the source or each other.
-        ModelError: the model is not known.
+        SourceError: there are no shards, an image lacks its target or has one that does not fit, or a class is in none.
+        SettingsError: the settings do not fit the source or each other, or the sink holds another training.
+        ModelError: the model is not known, or its weights cannot be had.
         RunError: training broke off.
-        SinkError: the checkpoint cannot be written.
+        SinkError: the sink cannot be read or written.
+        Locked: another training writes to the sink.
     """
     from segray import model
+    from segray.loss import Loss, balanced_weights
     from segray.session import session
 
-    train_shards, val_shards = _shards(job)
+    shards = feed.find(job.source, job.val)
     classes = Classes.read(job.classes or f"{job.source.rstrip('/')}/classes.json")
-    multiple = model.input_multiple(model.build(_untrained(job, classes)))
-    if job.crop % multiple:
-        raise SettingsError(f"--crop {job.crop} must be a multiple of {multiple} for {job.model}")
-
-    with session():
-        num_train, num_val = _survey(train_shards, classes), _survey(val_shards, classes)
-        if num_train < job.batch_size:
-            raise SettingsError(f"--batch-size {job.batch_size} is more than the {num_train} images to train on")
-        print(f"{num_train} images to train on, {num_val} to validate on", flush=True)
-        data = {
-            "train": {**_made_by(job.source), "uri": job.source, "shards": len(train_shards), "images": num_train},
-            "val": {**_made_by(job.val or job.source), "uri": job.val or val_shards[0], "images": num_val},
-        }
-        origin = {"command": job.command(), "data": data, "seed": job.seed}
-        streams = {"train": _stream(train_shards, job, classes), "val": _whole(val_shards)}
-        trained = _fit({"job": job, "classes": classes, "num_train": num_train, "origin": origin}, streams)
-
-    uri = f"{job.sink.rstrip('/')}/checkpoint.safetensors"
-    try:
-        with fsspec.open(uri, "wb") as file:
-            file.write(trained)
-    except OSError as error:
-        raise SinkError(f"{uri} cannot be written: {error}") from error
-    metrics = model.Checkpoint.from_bytes(trained).origin["metrics"]
-    ious = ", ".join(f"{name} {'absent' if iou is None else f'{iou:.3f}'}" for name, iou in metrics["iou"].items())
-    print(f"mIoU {metrics['miou']:.3f} ({ious})\nwrote {uri}", flush=True)
-
-
-def train_one_epoch(
-    module: "nn.Module",
-    batches: Iterable[Mapping[str, "Tensor"]],
-    optimizer: "torch.optim.Optimizer",
-    schedule: "torch.optim.lr_scheduler.LRScheduler",
-    preprocessing: "Preprocessing",
-    ignore_index: int,
-) -> float:
-    """Takes a step for each batch.
-
-    Args:
-        module: on one device, in training mode.
-        batches: each `image`, (batch, height, width, 3) uint8 RGB, and `target`, (batch, height, width) class ids.
-        optimizer: of the module's parameters.
-        schedule: of the optimizer; it advances with each step.
-        preprocessing: what the model expects.
-        ignore_index: the id of void pixels in targets.
-
-    Returns:
-        The mean over the steps of the cross-entropy of a pixel that is not void.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    from segray.model import logits
-
-    device = next(module.parameters()).device
-    mean, std = (
-        torch.tensor(values, device=device).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std)
-    )
-    losses = []
-    for batch in batches:
-        image = batch["image"].to(device).permute(0, 3, 1, 2).float() * (preprocessing.range / 255)
-        target = batch["target"].to(device).long()
-        output = logits(module, (image - mean) / std)
-        if output.shape[-2:] != target.shape[-2:]:
-            output = F.interpolate(output, target.shape[-2:], mode="bilinear", align_corners=False)
-        # Not the mean, which is NaN where a batch holds nothing but void.
-        total = F.cross_entropy(output, target, ignore_index=ignore_index, reduction="sum")
-        loss = total / (target != ignore_index).sum().clamp(min=1)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.detach())
-    return float(torch.stack(losses).mean())
-
-
-def pairs(shard: str) -> Iterator[tuple[str, bytes, bytes]]:
-    """Reads a shard once, front to back.
-
-    Args:
-        shard: URI of a tar (NAME.jpg with NAME.target.png) or of a Parquet file (columns `image` and `target`).
-
-    Yields:
-        For each image its own URI (`SHARD#NAME`), its bytes, and its target's bytes.
-
-    Raises:
-        SourceError: the shard cannot be read, or an image has no target.
-    """
-    try:
-        with fsspec.open(shard, "rb") as file:
-            members = _parquet_pairs(file) if shard.endswith(".parquet") else _tar_pairs(file)
-            for name, image, target in members:
-                if image is None or target is None:
-                    have, lack = ("a target", "image") if image is None else ("an image", "target")
-                    raise SourceError(f"{shard}#{name} is {have} without {lack}; {_PAIRS}")
-                yield f"{shard}#{name}", image, target
-    except (OSError, EOFError, tarfile.TarError, pa.ArrowException) as error:
-        raise SourceError(f"{shard} cannot be read: {error or type(error).__name__}") from error
-
-
-def augmented(
-    image: _Image, target: _Target, size: int, ignore_index: int, rng: np.random.Generator
-) -> tuple[_Image, _Target]:
-    """Cuts a square out of an image and its target, turns and mirrors both, and changes the image's light.
-
-    Args:
-        image: (height, width, 3) uint8.
-        target: (height, width) class ids.
-        size: of the square, in pixels; what lies beyond a smaller image is black, and void in the target.
-        ignore_index: the id of void.
-        rng: decides.
-
-    Returns:
-        (size, size, 3) uint8 and (size, size) of the target's dtype.
-    """
-    height, width = target.shape
-    top = rng.integers(max(height - size, 0) + 1)
-    left = rng.integers(max(width - size, 0) + 1)
-    image, target = image[top : top + size, left : left + size], target[top : top + size, left : left + size]
-    missing = [(0, size - target.shape[0]), (0, size - target.shape[1])]
-    if (0, 0) != (missing[0][1], missing[1][1]):
-        image = np.pad(image, [*missing, (0, 0)])
-        target = np.pad(target, missing, constant_values=ignore_index)
-    num_turns = int(rng.integers(4))
-    image, target = np.rot90(image, num_turns), np.rot90(target, num_turns)
-    if rng.random() < 0.5:
-        image, target = image[:, ::-1], target[:, ::-1]
-    gain = rng.uniform(0.75, 1.33) * rng.uniform(0.93, 1.07, 3)
-    lit = image * gain.astype(np.float32) + np.float32(rng.uniform(-12, 12))
-    return np.clip(lit, 0, 255).astype(np.uint8), np.ascontiguousarray(target)
-
-
-def _fit(config: dict[str, Any], streams: dict[str, Any]) -> bytes:
-    """Runs `_train_on_worker` through Ray Train, and prints the lines that it sends.
-
-    Returns:
-        The checkpoint's file.
-    """
-    from ray.data import ExecutionOptions
-    from ray.train import DataConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
-    from ray.util.queue import Queue
-
-    lines = Queue(actor_options={"num_cpus": 0})
-
-    def print_lines() -> None:
-        for line in iter(lines.get, None):
-            print(line, flush=True)
-
-    printer = threading.Thread(target=print_lines, daemon=True)
-    printer.start()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = TorchTrainer(
-            _train_on_worker,  # type: ignore[arg-type]  # Ray's own annotation forgets the value that it returns
-            train_loop_config={**config, "lines": lines},
-            scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
-            datasets=streams,
-            # Blocks in their order, so that a seed stands for one sequence of batches.
-            dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
-            run_config=RunConfig(storage_path=folder),  # for Ray's own notes: the worker returns the checkpoint
+    Loss.parse(job.loss, classes, label_smoothing=job.label_smoothing)  # before anything is read
+    # The lock is given back once the session has ended, and with it whoever writes.
+    with contextlib.ExitStack() as lock, session() as ray:
+        placement = _place(job, ray.nodes())
+        splits = [
+            feed.surveyed(uri, some, classes, is_packed=job.classes is None)
+            for uri, some in zip((job.source, job.val or job.source), shards, strict=True)
+        ]
+        _check(job, classes, *splits)
+        to_train, to_validate = splits
+        begin, fresh = model.start(
+            job.model,
+            classes,
+            arguments=json.loads(job.arguments),
+            weights=job.weights,
+            preprocessing=_preprocessing(to_train.census),
+            seed=job.seed,
         )
-        try:
-            trained: bytes = trainer.fit().return_value  # type: ignore[attr-defined]  # as above
-        except TrainingFailedError as error:
-            raise RunError(f"training broke off: {_last_line(error)}") from error
-        finally:
-            lines.put(None)
-            printer.join(timeout=5)
-            lines.shutdown()
-    return trained
-
-
-def _train_on_worker(config: dict[str, Any]) -> bytes:
-    """What the worker of Ray Train runs: all epochs, then validation.
-
-    Returns:
-        The checkpoint's file.
-    """
-    import ray.train
-    import torch
-
-    from segray import model
-
-    job: Train = config["job"]
-    classes: Classes = config["classes"]
-    torch.set_num_threads(job.num_threads or os.cpu_count() or 1)
-    untrained = _untrained(job, classes)
-    module = model.build(untrained).to(memory_format=torch.channels_last).train()
-
-    steps_per_epoch = config["num_train"] // job.batch_size
-    num_steps = steps_per_epoch * job.num_epochs
-    optimizer = torch.optim.AdamW(module.parameters(), lr=job.learning_rate, weight_decay=job.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, num_steps, job.warm_up))
-    stream = iter(
-        ray.train.get_dataset_shard("train").iter_torch_batches(
-            batch_size=job.batch_size,
-            drop_last=True,
-            local_shuffle_buffer_size=job.shuffle_images,
-            local_shuffle_seed=job.seed,
+        resized = dataclasses.replace(begin.preprocessing, resize=job.resize or begin.preprocessing.resize)
+        begin = dataclasses.replace(begin, preprocessing=resized)
+        module = model.build(begin)
+        multiple, minimum = model.input_multiple(module), model.input_minimum(module)
+        if job.augmentation.crop % multiple or job.augmentation.crop < minimum:
+            raise SettingsError(
+                f"--crop {job.augmentation.crop} is no multiple of {multiple}, or below {minimum}, for {job.model}"
+            )
+        _check_part(job, placement, module)
+        weights = balanced_weights(to_train.census.num_pixels.tolist()) if job.class_weights == "balanced" else None
+        order = feed.Order(num_images=to_train.index.num_rows, batch_size=job.batch_size, seed=job.seed)
+        plan = Plan(
+            command=job.command(),
+            seed=job.seed,
+            num_epochs=job.num_epochs,
+            save_steps=job.save_steps,
+            patience=job.patience,
+            auxiliary=job.auxiliary,
+            is_dry_run=job.dry_run,
+            augmentation=job.augmentation,
+            optimization=job.optimization,
+            parallel=job.parallel,
+            classes=classes,
+            begin=begin.to_bytes(),
+            loss=Loss.parse(job.loss, classes, class_weights=weights, label_smoothing=job.label_smoothing),
+            order=order,
+            to_train=to_train,
+            to_validate=to_validate,
+            placement=placement,
+            sink=job.sink if "://" in job.sink else os.path.abspath(job.sink),
+            data={
+                name: _described(split, some)
+                for name, split, some in zip(("train", "val"), splits, shards, strict=True)
+            },
         )
-    )
-    for epoch in range(1, job.num_epochs + 1):
-        start = time.monotonic()
-        batches = islice(stream, steps_per_epoch)
-        loss = train_one_epoch(module, batches, optimizer, schedule, untrained.preprocessing, classes.ignore_index)
-        config["lines"].put(f"epoch {epoch}/{job.num_epochs}: loss {loss:.4f}, {time.monotonic() - start:.1f} s")
-        ray.train.report({"epoch": epoch, "loss": loss})
+        _tell(plan, begin, fresh, sum(parameter.numel() for parameter in module.parameters()))
+        if job.dry_run:
+            _fit(plan, threading.Event())
+            return
+        _run(job, plan, lock)
 
-    trained = dataclasses.replace(untrained, tensors=module.state_dict())
-    samples = ray.train.get_dataset_shard("val").iter_rows()
-    confusion = _validate(trained, ((row["uri"], row["image"], row["target"]) for row in samples))
-    iou = [None if np.isnan(value) else round(float(value), 4) for value in confusion.iou()]
-    origin = {
-        **config["origin"],
-        "metrics": {
-            "loss": round(loss, 4),
-            "miou": round(confusion.miou(), 4),
-            "iou": dict(zip(classes.names, iou, strict=True)),
-            "pixel_accuracy": round(confusion.pixel_accuracy(), 4),
-        },
-        "versions": {name: version(name) for name in ("segray", "torch", "segmentation-models-pytorch", "ray")},
+
+def _run(job: Train, plan: Plan, lock: contextlib.ExitStack) -> None:
+    """Trains under the sink's lock, and keeps in `training.json` how it stands."""
+    from segray.lock import LEASE_SECONDS, hold
+
+    journal, lost = Journal(plan.sink), threading.Event()
+    run_id = f"train-{os.urandom(4).hex()}"
+    lock.enter_context(
+        hold(journal.filesystem, journal.root, run_id, wait_seconds=LEASE_SECONDS + 15, say=note, lost=lost.set)
+    )
+    decisive = {
+        "settings": _deciding(job),
+        "classes": plan.classes.to_dict(),
+        "data": plan.data,
+        "num_steps": plan.num_steps,
+        "steps_per_epoch": plan.order.steps_per_epoch,
     }
-    return dataclasses.replace(trained, origin=origin).to_bytes()
+    decisive = json.loads(json.dumps(decisive))  # as it will be read
+    before = journal.training()
+    if before is not None and (others := _differences(before, decisive)):
+        raise SettingsError(
+            f"{job.sink} holds another training ({', '.join(others)}); give the same to go on with it, or another SINK"
+        )
+    may_go_on = before is not None and before["status"] == "stopped early" and before["patience"] != job.patience
+    if before is not None and before["status"] in _ENDS and not may_go_on:
+        print(f"{job.sink} holds this training, {before['status']}; {BEST} is its best model", flush=True)
+        return
+    told: dict[str, Any] = {
+        **decisive,
+        "command": job.command(),
+        "seed": job.seed,
+        "versions": versions(),
+        "workers": job.parallel.workers,
+        "patience": job.patience,
+        "started": before["started"] if before else _now(),
+    }
 
+    def tell(status: str, **more: Any) -> None:
+        journal.write("training.json", json.dumps({**told, "status": status, **more}, indent=1).encode())
 
-def _rate(step: int, num_steps: int, warm_up: float) -> float:
-    """The share of the full learning rate in a step: a line up, then a cosine down."""
-    num_rising = max(round(warm_up * num_steps), 1)
-    if step < num_rising:
-        return (step + 1) / num_rising
-    return 0.5 * (1 + math.cos(math.pi * (step - num_rising) / max(num_steps - num_rising, 1)))
-
-
-def _validate(checkpoint: "Checkpoint", samples: Iterable[tuple[str, bytes, bytes]]) -> ConfusionMatrix:
-    """Labels whole images as the label job does."""
-    from segray.predict import Prediction, Predictor
-
-    predictor = Predictor(checkpoint.to_bytes)
-    classes = checkpoint.classes
-    confusion = ConfusionMatrix.zeros(len(classes))
-    for uri, data, target_data in samples:
-        image, target = _decode(uri, data, target_data, classes)
-        (prediction,) = predictor.predict([image])
-        if not isinstance(prediction, Prediction):
-            raise RunError(f"{uri}: {prediction}; a smaller --learning-rate may help")
-        confusion += ConfusionMatrix.of(target, prediction.label_map, len(classes), classes.ignore_index)
-    return confusion
-
-
-def _untrained(job: Train, classes: Classes) -> "Checkpoint":
-    """The model before the first step, which the seed decides."""
-    from segray import model
-
-    return model.untrained(job.model, classes, arguments=json.loads(job.arguments), seed=job.seed)
-
-
-def _shards(job: Train) -> tuple[list[str], list[str]]:
-    """The shards to train on and those to validate on."""
-    from segray.source import Source, is_shard
-
-    def listed(uri: str) -> list[str]:
-        uris = (uri for page in Source(uri).entries() for uri in page["uri"].to_pylist())
-        if shards := sorted(uri for uri in uris if is_shard(uri)):
-            return shards
-        raise SourceError(f"{uri}: there are no shards (.tar or .parquet) in it; {_PAIRS}")
-
-    shards = listed(job.source)
-    if job.val is not None:
-        return shards, listed(job.val)
-    if len(shards) < 2:
-        raise SourceError(f"{job.source} holds one shard, so that none is left to validate on; give --val SHARDS")
-    return shards[:-1], shards[-1:]
-
-
-def _made_by(folder: str) -> dict[str, str]:
-    """The command that made the data, where classes.json beside the shards tells it."""
+    journal.sweep()
+    tell("running", finished=None, best_epoch=None)
+    status, best = "failed", None
     try:
-        with fsspec.open(f"{folder.rstrip('/')}/classes.json", "rb") as file:
-            fields = json.loads(file.read())
-    except (OSError, ValueError):
-        return {}
-    return {"command": fields["command"]} if isinstance(fields, dict) and "command" in fields else {}
+        status = _fit_on(job, plan, lost, journal)
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        if not lost.is_set():  # or another training's words would be replaced
+            epochs = [line for line in journal.metrics() if line["kind"] == "epoch"]
+            best = max(epochs, key=lambda line: line["miou"], default=None)
+            tell(status, finished=_now(), best_epoch=best["epoch"] if best else None)
+    if best is not None:
+        ious = ", ".join(f"{name} {'absent' if iou is None else f'{iou:.3f}'}" for name, iou in best["iou"].items())
+        print(
+            f"mIoU {best['miou']:.3f} ({ious}), epoch {best['epoch']}\nwrote {job.sink.rstrip('/')}/{BEST}", flush=True
+        )
 
 
-def _survey(shards: Sequence[str], classes: Classes) -> int:
-    """Reads every image and target once.
-
-    Returns:
-        How many images there are.
+def _place(job: Train, nodes: Sequence[Mapping[str, Any]]) -> Placement:
+    """Decides how many workers there are, and leaves CPUs to the tasks that feed them.
 
     Raises:
-        SourceError: the first fault that was found, or there is no image.
+        SettingsError: the cluster cannot hold them; the message has the numbers.
     """
-    import ray.data
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    num_cpus = sum(r.get("CPU", 0.0) for r in resources)
+    num_gpus = int(sum(r.get("GPU", 0.0) for r in resources))
+    if not num_cpus:
+        raise SettingsError("the cluster has no CPUs; `ray status` shows its nodes")
+    asked = job.parallel.device
+    device: Literal["cpu", "cuda"] = "cuda" if asked == "cuda" or (asked == "auto" and num_gpus) else "cpu"
+    if job.parallel.sync_batch_norm and device == "cpu":
+        raise SettingsError("--sync-batch-norm works on GPUs alone, and this trains on CPUs")
+    least, most = job.parallel.bounds() or 2 * (max(num_gpus, 1) if device == "cuda" else 1,)
+    if device == "cuda" and least > num_gpus and least == most:  # a range says that nodes come and go
+        raise SettingsError(
+            f"--workers {job.parallel.workers or least} need a GPU each, and the cluster has {num_gpus}; "
+            "lower --workers, take --device cpu, or give the least and the most (1:8) where nodes are still to come"
+        )
+    if device == "cuda":
+        with_gpus = [node for node in resources if node.get("GPU")]
+        # GPU nodes, those to come too, may have no CPUs to ask for, and those that are left have to feed all.
+        has_cpus = least == most and all(node.get("CPU", 0.0) >= node["GPU"] for node in with_gpus)
+        worker_cpus = 1.0 if has_cpus and num_cpus - num_gpus >= 1 else 0.0
+    else:
+        worker_cpus = min(_MAX_WORKER_CPUS, num_cpus / (2 * most))
+    if job.batch_size // most < job.optimization.accumulate:
+        raise SettingsError(
+            f"--batch-size {job.batch_size} is too small to be shared by {most} workers in "
+            f"{job.optimization.accumulate} parts each; raise it, or lower --workers or --accumulate"
+        )
+    return Placement(
+        device=device,
+        workers=least if least == most else (least, most),
+        worker_cpus=worker_cpus,
+    )
 
-    def look(batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        num_images, fault = 0, ""
+
+def _check(job: Train, classes: Classes, to_train: feed.Split, to_validate: feed.Split) -> None:
+    num_images = to_train.index.num_rows
+    if num_images < job.batch_size:
+        raise SettingsError(f"--batch-size {job.batch_size} is more than the {num_images} images to train on")
+    absent = [name for name, number in zip(classes.names, to_train.census.num_pixels, strict=True) if not number]
+    if absent:
+        raise SourceError(
+            f"{to_train.uri}: no target to train on has a pixel of {', '.join(absent)}, which could not be learned; "
+            "pack again without them, or add images"
+        )
+    if job.val is not None and job.classes is None:
         try:
-            for uri, image, target in pairs(str(batch["shard"][0])):
-                _decode(uri, image, target, classes)
-                num_images += 1
-        except SourceError as error:
-            fault = str(error)
-        return {"num_images": [num_images], "fault": [fault]}
-
-    items = [{"shard": shard} for shard in shards]
-    rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(look, batch_size=1).take_all()
-    faults = sorted(row["fault"] for row in rows if row["fault"])
-    if faults:
-        more = f" ({len(faults) - 1} more shards have faults)" if len(faults) > 1 else ""
-        raise SourceError(faults[0] + more)
-    num_images = sum(int(row["num_images"]) for row in rows)
-    if not num_images:
-        raise SourceError(f"{shards[0]}: there is no image in it; {_PAIRS}")
-    return num_images
+            of_val = Classes.read(f"{job.val.rstrip('/')}/classes.json")
+        except SettingsError:  # none lies beside them
+            of_val = classes
+        if of_val.names != classes.names:
+            raise SettingsError(
+                f"{job.val} has the classes {', '.join(of_val.names)}, and {job.source} has "
+                f"{', '.join(classes.names)}; pack both with the same ones"
+            )
+    if not to_validate.census.num_pixels.any():
+        raise SourceError(f"{to_validate.uri}: the targets to validate on are void everywhere")
 
 
-def _stream(shards: Sequence[str], job: Train, classes: Classes) -> "ray.data.Dataset":
-    """The crops of all epochs, one epoch after the other: columns `image` and `target`, of one size."""
-    import ray.data
+def _check_part(job: Train, placement: Placement, module: Any) -> None:
+    """Where a part of the batch is one crop: models that normalise an average over all of it cannot learn from that."""
+    import torch
 
-    def crops(batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        epoch, shard = int(batch["epoch"][0]), str(batch["shard"][0])
-        images: list[_Image] = []
-        targets: list[_Target] = []
-        for uri, image_data, target_data in pairs(shard):
-            image, target = _decode(uri, image_data, target_data, classes)
-            # What happens to an image depends on nothing but the seed, the epoch and its name.
-            rng = np.random.default_rng([job.seed, epoch, zlib.crc32(uri.encode())])
-            image, target = augmented(image, target, job.crop, classes.ignore_index, rng)
-            images.append(image)
-            targets.append(target)
-            if len(images) == _ROWS_PER_BLOCK:
-                yield {"image": np.stack(images), "target": np.stack(targets)}
-                images, targets = [], []
-        if images:
-            yield {"image": np.stack(images), "target": np.stack(targets)}
-
-    order = np.random.default_rng(job.seed)
-    items = [
-        {"epoch": epoch, "shard": shards[index]}
-        for epoch in range(job.num_epochs)
-        for index in order.permutation(len(shards))
-    ]
-    num_blocks = min(len(items), _MAX_BLOCKS)
-    return ray.data.from_items(items, override_num_blocks=num_blocks).map_batches(crops, batch_size=1)
-
-
-def _whole(shards: Sequence[str]) -> "ray.data.Dataset":
-    """Whole images and their targets, encoded: columns `uri`, `image`, `target`."""
-    import ray.data
-
-    def rows(row: dict[str, Any]) -> list[dict[str, Any]]:
-        return [{"uri": uri, "image": image, "target": target} for uri, image, target in pairs(row["shard"])]
-
-    items = [{"shard": shard} for shard in shards]
-    return ray.data.from_items(items, override_num_blocks=len(items)).flat_map(rows)
-
-
-def _decode(uri: str, image_data: bytes, target_data: bytes, classes: Classes) -> tuple[_Image, _Target]:
+    most = placement.workers if isinstance(placement.workers, int) else placement.workers[1]
+    if job.batch_size // most // job.optimization.accumulate > 1:
+        return
     try:
-        image = decode(image_data, _MAX_PIXELS)
-    except Reject as error:
-        raise SourceError(f"{uri}: the image cannot be decoded: {error.reason}") from error
+        with torch.no_grad():
+            module.train()(torch.zeros(1, 3, job.augmentation.crop, job.augmentation.crop))
+    except ValueError as error:
+        raise SettingsError(
+            f"{job.model} cannot learn from one crop at a time: {error}; raise --batch-size, or lower --workers or "
+            "--accumulate"
+        ) from error
+
+
+def _preprocessing(census: Census) -> "Preprocessing":
+    """What a model with random weights is fed: the images' own mean and standard deviation."""
+    from segray.model import Preprocessing
+
+    mean, std = census.mean_and_std()
+    return Preprocessing(
+        mean=tuple(round(value, 4) for value in mean), std=tuple(max(round(value, 4), 1e-3) for value in std)
+    )
+
+
+def _described(split: feed.Split, shards: Mapping[str, int]) -> dict[str, Any]:
+    made_by = {}
     try:
-        target = decode_png(target_data)
-    except (ValueError, OSError) as error:
-        raise SourceError(f"{uri}: the target cannot be decoded: {error}") from error
-    if target.shape != image.shape[:2]:
-        raise SourceError(
-            f"{uri}: the target has {target.shape[0]}×{target.shape[1]} pixels (height×width), "
-            f"the image {image.shape[0]}×{image.shape[1]}"
+        with fsspec.open(f"{split.uri.rstrip('/')}/classes.json", "rb") as file:
+            fields = json.loads(file.read())
+        made_by = {"command": fields["command"]} if "command" in fields else {}
+    except (OSError, ValueError, TypeError):  # there is none, or it is a plain list of names
+        pass
+    census = split.census
+    return {
+        **made_by,
+        "uri": split.uri,
+        "shards": len(shards),
+        "images": census.num_images,
+        "pixels": census.num_pixels.tolist(),
+        "void": census.num_void,
+    }
+
+
+def _options(settings: Any) -> list[str]:
+    """The command line's options that are not at their defaults."""
+    options: list[str] = []
+    for one in dataclasses.fields(settings):
+        value = getattr(settings, one.name)
+        default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+        if one.name in ("source", "sink") or value == default:
+            continue
+        name = f"--{one.name.replace('_', '-')}"
+        if dataclasses.is_dataclass(value):
+            options += _options(value)
+        elif value is True:
+            options.append(name)
+        else:
+            options += [name, *map(str, value if isinstance(value, tuple) else [value])]
+    return options
+
+
+def _deciding(job: Train) -> dict[str, Any]:
+    """The settings that decide what is learned, as JSON gives them back."""
+    settings = {name: value for name, value in dataclasses.asdict(job).items() if name not in _PORTABLE}
+    decided: dict[str, Any] = json.loads(json.dumps(settings))
+    return decided
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What of now was otherwise before."""
+    texts: list[str] = []
+    for name in sorted(now):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            texts += _differences(old, new)
+        elif old != new:
+            texts.append(f"{name.replace('_', '-')} was {old}, is {new}")
+    return texts
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _tell(plan: Plan, begin: "Checkpoint", fresh: Sequence[str], num_parameters: int) -> None:
+    """Prints what is about to be trained."""
+    order = plan.order
+    print(f"{order.num_images} images to train on, {plan.to_validate.index.num_rows} to validate on", flush=True)
+    kind = f"{plan.placement.device}, {plan.parallel.dtype}"
+    print(
+        f"{begin.architecture} {dict(begin.arguments)}: {num_parameters:,} parameters; {plan.num_steps} steps of "
+        f"{order.batch_size}; workers {plan.parallel.workers or plan.placement.workers} ({kind})",
+        flush=True,
+    )
+    if begin.origin:
+        shown = f"{', '.join(fresh[:4])}{', …' if len(fresh) > 4 else ''}" if fresh else "nothing"
+        print(f"begins with {begin.origin['weights']} weights; random is {shown}", flush=True)
+
+
+def _nodes(ray: Any) -> Any:
+    """The cluster's nodes, once one has CPUs."""
+    deadline, told = time.monotonic() + START_SECONDS, False
+    while True:
+        nodes = ray.nodes()
+        if any(node["Alive"] and node["Resources"].get("CPU") for node in nodes) or time.monotonic() > deadline:
+            return nodes
+        if not told:
+            note("the cluster has no CPUs; waiting for a node")
+            told = True
+        time.sleep(1)
+
+
+class _BrokenOff(RunError):
+    """Workers were lost, or ended by what was no fault of the data or the settings."""
+
+
+def _fit_on(job: Train, plan: Plan, lost: threading.Event, journal: Journal) -> str:
+    """Has `_fit` go on where workers were lost, as often as that happens while the training moves."""
+    import ray
+
+    failures = 0
+    while True:
+        before = journal.newest_state()
+        try:
+            return _fit(plan, lost)
+        except _BrokenOff as error:
+            failures = failures + 1 if journal.newest_state() == before else 0
+            if failures > _MAX_FAILURES:
+                raise RunError(f"{error}; the same command goes on") from error
+            note(f"{error}; goes on by itself")
+        if plan.placement.device == "cpu":  # workers that need a GPU each wait for it
+            on_cpus = dataclasses.replace(job, parallel=dataclasses.replace(job.parallel, device="cpu"))
+            plan = dataclasses.replace(plan, placement=_place(on_cpus, _nodes(ray)))
+
+
+def _fit(plan: Plan, lost: threading.Event) -> str:
+    """Runs `train_on_worker` through Ray Train, and prints the lines that it sends, unless the lock is lost.
+
+    Returns:
+        How it ended: `finished` or `stopped early`.
+    """
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from segray.session import root_cause
+
+    placement = plan.placement
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    lines = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    outcome: list[dict[str, Any] | BaseException] = []
+
+    def fit(folder: str) -> None:
+        trainer = TorchTrainer(
+            train_on_worker,  # type: ignore[arg-type]  # Ray's own annotation forgets the value that it returns
+            train_loop_config={"plan": ray.put(plan), "lines": lines},
+            scaling_config=ScalingConfig(
+                num_workers=placement.workers,  # type: ignore[arg-type]  # Ray's annotation forgets the range
+                use_gpu=placement.device == "cuda",
+                # A worker on CPUs computes on all of its machine's.
+                placement_strategy="PACK" if placement.device == "cuda" else "SPREAD",
+                resources_per_worker={"CPU": placement.worker_cpus, "GPU": int(placement.device == "cuda")},
+                elastic_resize_monitor_interval_s=_RESIZE_SECONDS,  # type: ignore[call-arg]  # of V2, which is what runs
+            ),
+            run_config=RunConfig(  # a folder for Ray's own notes; ours are in the sink
+                storage_path=folder,
+                failure_config=FailureConfig(max_failures=0),  # `_fit_on` knows whether the training moves
+            ),
         )
-    present = np.flatnonzero(np.bincount(target.ravel()))
-    unknown = [int(i) for i in present if i >= len(classes) and i != classes.ignore_index]
-    if unknown:
-        raise SourceError(
-            f"{uri}: the target holds the ids {unknown}, which are neither one of the {len(classes)} classes "
-            f"nor ignore_index {classes.ignore_index}"
-        )
-    return image, target
+        try:
+            outcome.append(trainer.fit().return_value)  # type: ignore[attr-defined]  # as above
+        except BaseException as error:  # told in the main thread
+            outcome.append(error)
 
-
-def _tar_pairs(file: Any) -> Iterator[tuple[str, bytes | None, bytes | None]]:
-    from segray.source import tar_samples
-
-    for name, members in tar_samples(file):
-        image = next((members[extension] for extension in _IMAGE_EXTENSIONS if extension in members), None)
-        target = members.get("target.png")
-        if image is not None or target is not None:
-            yield name, image, target
-
-
-def _parquet_pairs(file: Any) -> Iterator[tuple[str, bytes | None, bytes | None]]:
-    shard = pq.ParquetFile(file)
-    columns = shard.schema_arrow.names
-    if lacking := [name for name in ("image", "target") if name not in columns]:
-        raise SourceError(f"{file.name}: there is no column {' and no '.join(lacking)} among {columns}; {_PAIRS}")
-    row = 0
-    for batch in shard.iter_batches(batch_size=64, columns=["image", "target"]):
-        for image, target in zip(batch["image"].to_pylist(), batch["target"].to_pylist(), strict=True):
-            yield str(row), image, target
-            row += 1
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    with tempfile.TemporaryDirectory() as folder:
+        # In a thread, as Ray would end the process on Ctrl-C with status 0.
+        fitting = threading.Thread(target=fit, args=(folder,), daemon=True)
+        fitting.start()
+        while fitting.is_alive() or not lines.empty():
+            if lost.is_set():
+                raise RunError("the sink's lock was lost to another run, or could not be renewed")
+            with contextlib.suppress(Empty):
+                print(lines.get(timeout=0.2), flush=True)
+    [ended] = outcome
+    if isinstance(ended, BaseException):
+        failures: dict[int, BaseException] = getattr(ended, "worker_failures", {})
+        for cause in failures.values():
+            if isinstance(cause, SegrayError):  # what the others say comes of it
+                raise RunError(f"training broke off: {cause}; mended, the same command goes on") from ended
+        raise _BrokenOff(f"training broke off: {root_cause(next(iter(failures.values()), ended))}") from ended
+    if ended["fault"]:
+        raise RunError(ended["fault"])
+    status: str = ended["status"]
+    return status

@@ -13,7 +13,10 @@ import jaxtyping
 import numpy as np
 
 # Every array that crosses a function of these modules is checked against its annotation.
-_CHECKED = ["decode", "demo", "labelmap", "predict", "statistics", "stitch", "tile"]
+_CHECKED = [
+    *("augment", "crf", "datasets", "decode", "demo", "labelmap", "learn", "loss", "pairs", "predict"),
+    *("statistics", "stitch", "tile"),
+]
 jaxtyping.install_import_hook([f"segray.{module}" for module in _CHECKED], "beartype.beartype")
 
 import pytest

@@ -19,8 +19,8 @@ def run(*arguments: str) -> str:
 
 
 def test_whatever_happens_to_a_run_each_image_has_one_row_after_the_next() -> None:
-    printed = run("tests.chaos", "--num-runs", "2", "--num-images", "240")
-    assert re.search(r"\| driver killed \| 1 \| 1 \| 1 \|\n\| worker killed \| 1 \| [01] \| 1 \|\n\n2 of 2", printed)
+    printed = run("tests.chaos", "--num-runs", "1", "--num-images", "160")
+    assert re.search(r"\| driver killed \| 1 \| 1 \| 1 \|\n\n1 of 1", printed)
 
 
 def test_a_soak_verifies_its_store_and_its_second_run_opens_no_shard() -> None:

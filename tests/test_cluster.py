@@ -138,7 +138,9 @@ def test_the_next_run_goes_on_and_labels_each_image_once_though_a_node_is_killed
     assert verified.returncode == 0, verified.stdout
 
 
-@pytest.mark.parametrize("job", ["evaluate", "report", "compact"])
+@pytest.mark.parametrize(
+    "job", ["evaluate", *(pytest.param(job, marks=pytest.mark.slow) for job in ("report", "compact"))]
+)
 def test_what_reads_a_store_is_submitted_as_its_docstring_says(
     nodes: Cluster, runtime_env: str, labelled: Labelled, job: str
 ) -> None:

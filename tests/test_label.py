@@ -1,7 +1,9 @@
 """The job end to end, on a real Ray cluster, from and to a real S3 server."""
 
 import dataclasses
+import hashlib
 import io
+import json
 import os
 import re
 import signal
@@ -25,6 +27,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
+from segray.crf import Crf
 from segray.errors import Locked, RunError, SettingsError, SourceError
 from segray.label import Label, _deadline, label, place
 from segray.lock import hold
@@ -120,26 +123,15 @@ def read_by_duckdb(sink: str, statistics: pa.Table) -> None:
     assert {name: int(total) for name, total in by_class} == {r["class_name"]: r["num_pixels_sum"] for r in expected}
 
 
-FORMS = {
-    "unet_resnet18": ["loose", "tar", "parquet"],
-    "pspnet_resnet18": ["tar"],
-    "deeplabv3_mobilenet_v3_large": ["parquet"],
-    "fcn_resnet50": ["loose"],
-}
-
-
-@pytest.mark.parametrize("name", FORMS)
 def test_loose_tar_and_parquet_on_s3_give_the_same_label_maps(
-    name: str, frames_on_s3: dict[str, str], tmp_path: Path, s3: Server, ray_cluster: None
+    frames_on_s3: dict[str, str], tmp_path: Path, s3: Server, ray_cluster: None
 ) -> None:
-    """The short form: the three forms with one model, and each other model with one of them."""
-    frames = {form: frames_on_s3[form] for form in FORMS[name]}
-    label_frames(frames, name, 96, tmp_path, "s3://segray/camvid-labels")
+    label_frames(frames_on_s3, "unet_resnet18", 96, tmp_path, "s3://segray/camvid-labels")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", ["unet_resnet18", "pspnet_resnet18", "deeplabv3_mobilenet_v3_large", "fcn_resnet50"])
 def test_loose_tar_and_parquet_on_s3_give_the_same_label_maps_at_full_size(
     name: str, frames_on_s3: dict[str, str], tmp_path: Path, s3: Server, ray_cluster: None
 ) -> None:
@@ -241,6 +233,7 @@ def test_missing_and_forbidden_images_of_a_manifest_are_rejects(
     assert newest_run(sink)["counts"]["labelled"] == 2
 
 
+@pytest.mark.slow
 def test_what_a_manifest_named_in_vain_loses_its_reject_when_it_is_there(
     photos: Path, tmp_path: Path, small_model: str, ray_cluster: None
 ) -> None:
@@ -295,7 +288,7 @@ def test_members_of_a_shard_that_are_done_are_skipped_and_the_counts_add_up(
     assert newest_run(sink)["counts"] == {"seen": 9, "labelled": 0, "rejected": 0, "present": 9, "other_files": 0}
 
 
-@pytest.mark.parametrize("by_manifest", [False, True])
+@pytest.mark.parametrize("by_manifest", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_shard_of_which_all_is_done_is_not_opened(
     by_manifest: bool, tmp_path: Path, small_model: str, ray_cluster: None
 ) -> None:
@@ -334,6 +327,7 @@ def test_a_shard_of_which_all_is_done_is_not_opened(
     assert newest_run(str(sink))["counts"]["present"] == 0, "a note that cannot be read says nothing"
 
 
+@pytest.mark.slow
 def test_another_tiling_is_another_recipe_beside_the_first(
     photos: Path, tmp_path: Path, small_model: str, ray_cluster: None
 ) -> None:
@@ -343,6 +337,42 @@ def test_another_tiling_is_another_recipe_beside_the_first(
     per_recipe = read_store(sink, "label_maps").group_by("recipe").aggregate([("image_id", "count_distinct")])
     assert per_recipe["image_id_count_distinct"].to_pylist() == [10, 10]
     assert {path.stem for path in (tmp_path / "labels/recipes").iterdir()} == set(per_recipe["recipe"].to_pylist())
+
+
+def test_a_crf_is_another_recipe_and_the_run_says_what_it_took(
+    photos: Path, tmp_path: Path, small_model: str, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sink = str(tmp_path / "labels")
+    job = Label(source=str(photos), sink=sink, model=small_model)
+    label(job)
+    assert newest_run(sink)["crf_ms_per_image"] is None
+    assert "CRF" not in capsys.readouterr().out
+    refining = dataclasses.replace(job, crf=True)
+    label(dataclasses.replace(refining, dry_run=True))
+    assert re.search(r"refined by\s+│\s+a CRF ", capsys.readouterr().out)
+    label(refining)
+    run = newest_run(sink)
+    assert 0 < run["crf_ms_per_image"] < 60_000
+    assert f"the CRF took {run['crf_ms_per_image']:,.1f} ms an image" in capsys.readouterr().out
+    assert run["counts"] == {"seen": 10, "labelled": 10, "rejected": 0, "present": 0, "other_files": 0}
+
+    recipes = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "labels/recipes").iterdir()}
+    decisive = {
+        "labelling": 1,
+        "model": recipes[run["recipe"]]["model"]["digest"],
+        "tiling": {"size": 1024, "overlap": 128, "blend": "cosine"},
+        "dtype": "float32",
+    }
+    plain = f"r{hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:15]}"
+    assert recipes.keys() == {plain, run["recipe"]}, "the id of a recipe without a CRF must stay what it was"
+    assert "crf" not in recipes[plain]
+    assert recipes[run["recipe"]]["crf"] == dataclasses.asdict(Crf())
+
+    label_maps: dict[str, dict[str, bytes]] = {plain: {}, run["recipe"]: {}}
+    for row in read_store(sink, "label_maps").to_pylist():
+        label_maps[row["recipe"]][name_of(row["uri"])] = row["label_map"]
+    assert label_maps[plain].keys() == label_maps[run["recipe"]].keys()
+    assert label_maps[plain] != label_maps[run["recipe"]]
 
 
 def test_a_killed_actor_starts_again_with_its_weights_and_no_image_is_lost(
@@ -411,6 +441,7 @@ def test_rejects_are_taken_up_again_on_request_and_their_rows_replaced(
     assert read_store(sink, "label_maps").num_rows == 10
 
 
+@pytest.mark.slow
 def test_a_run_ends_at_its_bound_and_the_next_goes_on(
     photos: Path, tmp_path: Path, small_model: str, ray_cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -441,6 +472,7 @@ def test_a_dry_run_counts_and_does_nothing(
     assert not (tmp_path / "labels").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_tells_time_and_cost_by_a_sample_or_by_the_last_run(
     photos: Path, tmp_path: Path, small_model: str, ray_cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -486,6 +518,7 @@ def test_a_sink_in_use_is_refused_with_its_holders_name(photos: Path, tmp_path: 
     assert {path.name for path in sink.iterdir()} == {"lock"}
 
 
+@pytest.mark.slow
 def test_a_run_in_which_nothing_goes_on_ends_and_names_what_is_outstanding(
     photos: Path, tmp_path: Path, small_model: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -278,15 +278,9 @@ def test_every_image_is_segrays_of_this_version_or_pinned(file: str) -> None:
     assert images <= {f"registry.example.com/segray:{version}-ray{RAY}", "registry.k8s.io/kubectl:v1.34.3"}
 
 
-@pytest.mark.parametrize("name", ["rayjob-label", "nightly", "nightly-raycronjob"])
-def test_a_labelling_job_runs_on_the_cluster_of_raycluster_yaml(name: str) -> None:
+@pytest.mark.parametrize("name", ["rayjob-label", "rayjob-train", "nightly", "nightly-raycronjob"])
+def test_a_job_runs_on_the_cluster_of_raycluster_yaml(name: str) -> None:
     assert CLUSTERS[name]() == CLUSTERS["raycluster"]()
-
-
-def test_training_runs_on_the_same_cluster_without_its_gpus() -> None:
-    expected = CLUSTERS["raycluster"]()
-    expected["workerGroupSpecs"] = [group for group in expected["workerGroupSpecs"] if group["groupName"] != "gpu"]
-    assert CLUSTERS["rayjob-train"]() == expected
 
 
 def test_a_night_is_the_labelling_job_but_for_what_a_night_needs() -> None:

@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import huggingface_hub.constants
 import pytest
 import safetensors.torch
+import segmentation_models_pytorch as smp
+import timm
 import torch
 import torchvision
 from torch import Tensor
+from torchvision.transforms import v2
 
 from segray import model
 from segray.classes import Classes
@@ -403,3 +407,215 @@ def test_input_multiples_are_those_that_the_libraries_demand() -> None:
     multiples = {"unetplusplus_mobilenet_v2": 32, "pspnet_mobilenet_v2": 8, "lraspp_mobilenet_v3_large": 1, SMALL: 1}
     for name, multiple in multiples.items():
         assert model.input_multiple(model.build(model.untrained(name, CAMVID_CLASSES))) == multiple
+
+
+@pytest.mark.parametrize("scale", [1, 255])
+@pytest.mark.parametrize("channels", ["RGB", "BGR", "L"])
+def test_normalised_pixels_are_those_of_torchvisions_transforms(channels: Any, scale: Any) -> None:
+    mean, std = tuple(0.1 * scale * (i + 1) for i in range(len(channels))), (0.2 * scale, 0.3 * scale, 0.4 * scale)
+    preprocessing = Preprocessing(channels=channels, range=scale, mean=mean, std=std[: len(channels)])
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (2, 3, 8, 9), dtype=torch.uint8, generator=generator)
+    before = pixels.clone()
+    ours = model.normalised(pixels, preprocessing)
+    chosen = {"RGB": pixels, "BGR": pixels[:, [2, 1, 0]], "L": v2.Grayscale()(pixels)}[channels]
+    values = v2.ToDtype(torch.float32, scale=scale == 1)(chosen)
+    expected = v2.Normalize(list(preprocessing.mean), list(preprocessing.std))(values)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(pixels, before)
+
+
+def start_from(
+    checkpoint: Checkpoint, classes: Classes, tmp_path: Path, **options: Any
+) -> tuple[Checkpoint, list[str], str]:
+    path = tmp_path / "before.safetensors"
+    path.write_bytes(checkpoint.to_bytes())
+    return *model.start(str(path), classes, **options), str(path)
+
+
+def test_a_random_start_is_an_untrained_model() -> None:
+    arguments = {"encoder_depth": 3, "decoder_channels": [16, 8, 8]}
+    preprocessing = Preprocessing(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    for options in ({}, {"arguments": arguments, "preprocessing": preprocessing, "seed": 5}):
+        begun, fresh = model.start(SMALL, Classes(NAMES), **options)  # type: ignore[arg-type]
+        assert begun.digest() == model.untrained(SMALL, Classes(NAMES), **options).digest()  # type: ignore[arg-type]
+        assert fresh == []
+
+
+def test_a_checkpoint_of_the_same_classes_is_trained_further_as_it_is(small: Checkpoint, tmp_path: Path) -> None:
+    fields = Preprocessing(channels="BGR", range=255, resize=520, mean=(1, 2, 3), std=(4, 5, 6))
+    given = dataclasses.replace(small, preprocessing=fields)
+    begun, fresh, path = start_from(given, Classes(NAMES), tmp_path)
+    assert fresh == []
+    assert_same_tensors(begun.tensors, small.tensors)
+    assert begun.preprocessing == fields
+    assert (begun.architecture, begun.arguments) == (small.architecture, small.arguments)
+    assert begun.origin == {"weights": path}
+
+
+def test_deeplabs_output_stride_and_atrous_rates_are_arguments() -> None:
+    for stride, side in ((16, 4), (8, 8)):
+        options = {"encoder_output_stride": stride, "decoder_atrous_rates": [2, 4, 6]}
+        begun, _ = model.start("deeplabv3plus_resnet18", Classes(NAMES), arguments=options)
+        module = model.build(begun)
+        assert module.encoder(torch.zeros(1, 3, 64, 64))[-1].shape[-1] == side  # type: ignore[operator]
+        rates = {layer.dilation[0] for layer in module.decoder.modules() if isinstance(layer, torch.nn.Conv2d)}  # type: ignore[union-attr]
+        assert rates == {1, 2, 4, 6}
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        (SMALL, ["segmentation_head.0.bias", "segmentation_head.0.weight"]),
+        (
+            "lraspp_mobilenet_v3_large",
+            [f"classifier.{head}_classifier.{what}" for head in ("high", "low") for what in ("bias", "weight")],
+        ),
+    ],
+)
+def test_for_other_classes_the_head_alone_is_random(name: str, heads: list[str], tmp_path: Path) -> None:
+    given = random_checkpoint(name, Classes(NAMES), Preprocessing(channels="BGR", resize=100))
+    classes = Classes(("a", "b", "c", "d", "e"), ignore_index=77)
+    begun, fresh, _ = start_from(given, classes, tmp_path, seed=1)
+    assert fresh == heads
+    assert begun.classes == classes
+    assert begun.preprocessing == given.preprocessing
+    rest = given.tensors.keys() - set(heads)
+    assert begun.tensors.keys() == given.tensors.keys()
+    assert all(torch.equal(begun.tensors[tensor], given.tensors[tensor]) for tensor in rest)
+    assert model.build(begun)(torch.zeros(2, 3, 64, 64)) is not None
+
+    again, other = (start_from(given, classes, tmp_path, seed=seed)[0] for seed in (1, 2))
+    assert again.digest() == begun.digest()
+    assert not any(torch.equal(begun.tensors[head], other.tensors[head]) for head in heads if "weight" in head)
+
+
+def test_what_does_not_go_with_a_checkpoint_is_refused(small: Checkpoint, tmp_path: Path) -> None:
+    for options in ({"arguments": {"encoder_depth": 3}}, {"weights": "imagenet"}, {"weights": "published"}):
+        with pytest.raises(SettingsError, match=r"--arguments and --weights go with a model's name; .*before\.safe"):
+            start_from(small, Classes(NAMES), tmp_path, **options)
+    with pytest.raises(ModelError, match="cannot be read"):
+        model.start(str(tmp_path / "nosuch.safetensors"), Classes(NAMES))
+    with pytest.raises(ModelError, match="there is no model 'yolo'"):
+        model.start("yolo", Classes(NAMES))
+    with pytest.raises(ModelError, match="cannot be built"):
+        model.start(SMALL, Classes(NAMES), arguments={"nosuch": 1})
+
+
+def test_a_start_from_published_weights_keeps_all_but_the_last_layers(torch_home: Path) -> None:
+    name = "lraspp_mobilenet_v3_large"
+    published = torchvision.models.get_model_weights(name).DEFAULT
+    given = random_checkpoint(name, Classes(tuple(published.meta["categories"])))
+    torch.save(dict(given.tensors), torch_home / LRASPP_FILE)
+    begun, fresh = model.start(name, Classes(NAMES), weights="published")
+    assert fresh == [f"classifier.{head}_classifier.{what}" for head in ("high", "low") for what in ("bias", "weight")]
+    assert all(torch.equal(begun.tensors[tensor], given.tensors[tensor]) for tensor in given.tensors.keys() - fresh)
+    assert begun.preprocessing == Preprocessing()
+    assert begun.origin == {"weights": "published"}
+
+
+def test_published_weights_that_cannot_be_had_or_do_not_fit_start_nothing(torch_home: Path, small: Checkpoint) -> None:
+    name = "lraspp_mobilenet_v3_large"
+    with pytest.raises(ModelError, match=rf"the weights {LRASPP_FILE} of {name} could not be had .* put it into"):
+        model.start(name, Classes(NAMES), weights="published")
+    torch.save(dict(small.tensors), torch_home / LRASPP_FILE)
+    with pytest.raises(ModelError, match=f"the tensors do not fit {name}"):
+        model.start(name, Classes(NAMES), weights="published")
+    with pytest.raises(ModelError, match="unet_resnet34 has no published segmentation weights; --weights imagenet"):
+        model.start("unet_resnet34", Classes(NAMES), weights="published")
+
+
+@pytest.fixture
+def backbone_file(torch_home: Path) -> Path:
+    """Where LR-ASPP's backbone is looked for."""
+    url = torchvision.models.get_model_weights("mobilenet_v3_large").DEFAULT.url
+    return torch_home / str(url).rpartition("/")[2]
+
+
+def test_imagenet_weights_of_torchvision_fill_the_backbone_as_torchvision_does(backbone_file: Path) -> None:
+    torch.save(torchvision.models.mobilenet_v3_large().state_dict(), backbone_file)
+    name = "lraspp_mobilenet_v3_large"
+    theirs = torchvision.models.get_model(name, weights=None, weights_backbone="DEFAULT", num_classes=3).state_dict()
+    begun, fresh = model.start(name, Classes(NAMES), weights="imagenet")
+    of_backbone = {tensor for tensor in theirs if tensor.startswith("backbone.")}
+    assert set(fresh) == theirs.keys() - of_backbone
+    assert all(torch.equal(begun.tensors[tensor], theirs[tensor]) for tensor in of_backbone)
+    assert begun.preprocessing == Preprocessing()
+    assert begun.origin == {"weights": "imagenet"}
+    model.build(begun)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>403 Forbidden</html>", Pickled(), [1], {"features.0": torch.ones(1)}])
+def test_a_backbones_file_that_is_something_else_is_refused_unread(backbone_file: Path, content: Any) -> None:
+    if isinstance(content, bytes):
+        backbone_file.write_bytes(content)
+    else:
+        torch.save(content, backbone_file)
+    with pytest.raises(ModelError, match=r"the ImageNet weights for lraspp_mobilenet_v3_large .* could not be had"):
+        model.start("lraspp_mobilenet_v3_large", Classes(NAMES), weights="imagenet")
+    assert not Pickled.ran
+
+
+def test_without_network_the_backbones_file_is_named(backbone_file: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        model.start("lraspp_mobilenet_v3_large", Classes(NAMES), weights="imagenet")
+    message = str(caught.value)
+    assert "start with --weights random, or download https://download.pytorch.org/models/" in message
+    assert backbone_file.name in message
+    assert f"put it into {backbone_file.parent} " in message
+    assert "\n" not in message
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where Hugging Face's client keeps its downloads; nothing can be downloaded, and it tries only once."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["unet_mobilenet_v2", SMALL])
+def test_without_network_the_cache_is_the_way_out(name: str, hub_cache: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        model.start(name, Classes(NAMES), weights="imagenet")
+    message = str(caught.value)
+    assert "the ImageNet weights for unet" in message
+    assert "start with --weights random, or fetch them elsewhere and copy Hugging Face's cache" in message
+    assert "\n" not in message
+
+
+def test_an_encoder_with_imagenet_weights_is_fed_as_they_were_trained(hub_cache: Path) -> None:
+    described = smp.encoders.encoders["mobilenet_v2"]["pretrained_settings"]["imagenet"]
+    folder = hub_cache / f"models--{described['repo_id'].replace('/', '--')}" / "snapshots" / described["revision"]
+    folder.mkdir(parents=True)
+    torch.manual_seed(3)
+    encoder = smp.encoders.get_encoder("mobilenet_v2").state_dict()
+    safetensors.torch.save_file(encoder, folder / "model.safetensors")
+    fields = {"input_space": "BGR", "input_range": [0, 255], "mean": [1, 2, 3], "std": [4, 5, 6]}
+    (folder / "config.json").write_text(json.dumps(fields))
+    begun, fresh = model.start("unet_mobilenet_v2", Classes(NAMES), weights="imagenet")
+    assert begun.preprocessing == Preprocessing(channels="BGR", range=255, mean=(1, 2, 3), std=(4, 5, 6))
+    assert_same_tensors({f"encoder.{name}": tensor for name, tensor in encoder.items()}, of_encoder(begun))
+    assert set(fresh) == begun.tensors.keys() - of_encoder(begun).keys()
+    model.build(begun)
+
+
+def test_timms_encoders_bring_their_weights_too(hub_cache: Path) -> None:
+    folder = hub_cache / "models--timm--mobilenetv3_small_050.lamb_in1k"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("a" * 40)
+    (folder / "snapshots" / ("a" * 40)).mkdir(parents=True)
+    whole = timm.create_model("mobilenetv3_small_050")
+    safetensors.torch.save_file(whole.state_dict(), folder / "snapshots" / ("a" * 40) / "model.safetensors")
+    begun, fresh = model.start(SMALL, Classes(NAMES), weights="imagenet")
+    assert_same_tensors(
+        {f"encoder.model.{name}": tensor for name, tensor in whole.state_dict().items() if name.startswith("blocks.")},
+        {name: tensor for name, tensor in begun.tensors.items() if name.startswith("encoder.model.blocks.")},
+    )
+    assert set(fresh) == begun.tensors.keys() - of_encoder(begun).keys()
+    assert begun.preprocessing == Preprocessing()
+
+
+def of_encoder(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("encoder.")}

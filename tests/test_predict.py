@@ -17,6 +17,7 @@ from torchvision.transforms._presets import SemanticSegmentation
 
 from segray import demo, model, predict
 from segray.classes import Classes
+from segray.crf import Crf, refine
 from segray.errors import Reject
 from segray.model import Preprocessing
 from segray.predict import Prediction, Predictor
@@ -46,12 +47,17 @@ def _of_three_classes(preprocessing: Preprocessing) -> Predictor:
 
 
 def with_module(
-    module: nn.Module, preprocessing: Preprocessing = IDENTITY, *, tiling: Tiling | None = None, batch_size: int = 16
+    module: nn.Module,
+    preprocessing: Preprocessing = IDENTITY,
+    *,
+    tiling: Tiling | None = None,
+    batch_size: int = 16,
+    crf: Crf | None = None,
 ) -> Predictor:
     """A predictor of three classes whose model is this one."""
     made = copy.copy(_of_three_classes(preprocessing))
     made._module, made._minimum, made._multiple = module, 1, 1
-    made._tiling, made._batch_size = tiling or Tiling(), batch_size
+    made._tiling, made._batch_size, made._crf = tiling or Tiling(), batch_size, crf
     return made
 
 
@@ -502,6 +508,74 @@ def test_tiles_that_do_not_fit_together_go_one_at_a_time_and_then_the_image_is_a
     assert isinstance(result, Reject)
     assert result.kind == "out of memory"
     assert "--tiling.size" in result.detail
+
+
+@pytest.mark.parametrize("resize", [None, 24])
+def test_a_crf_refines_images_at_their_own_size(resize: int | None) -> None:
+    crf = Crf(theta_beta=20.0)
+    preprocessing = dataclasses.replace(IDENTITY, resize=resize)
+    images = photos((40, 50), (33, 61), (40, 50))
+    predictions = only(with_module(PerPixel(), preprocessing, crf=crf).predict(images))
+    plain = only(with_module(PerPixel(), preprocessing).predict(images))
+    for image, ours, unrefined in zip(images, predictions, plain, strict=True):
+        pixels = torch.from_numpy(image).permute(2, 0, 1)
+        seen = SemanticSegmentation(resize_size=resize, mean=IDENTITY.mean, std=IDENTITY.std)(pixels)
+        logits = F.interpolate(PerPixel()(seen[None]), image.shape[:2], mode="bilinear", align_corners=False)
+        best, label = refine(logits[0], pixels, crf).max(0)
+        np.testing.assert_array_equal(ours.label_map, label.numpy())
+        sums = torch.bincount(label.flatten(), best.flatten().double(), minlength=3)
+        np.testing.assert_allclose(ours.confidence_sum, sums.numpy(), rtol=1e-5)
+        assert_consistent(ours, image)
+        assert (ours.label_map != unrefined.label_map).any()
+
+
+@pytest.mark.parametrize("resize", [None, 70])
+@pytest.mark.parametrize("tiling", [Tiling(size=32, overlap=0), Tiling(size=48, overlap=20)])
+def test_a_crf_sees_no_seams_between_tiles(resize: int | None, tiling: Tiling) -> None:
+    images = photos((50, 90), (50, 90), (101, 33))
+    preprocessing = dataclasses.replace(IDENTITY, resize=resize)
+    whole = only(with_module(PerPixel(), preprocessing, crf=Crf()).predict(images))
+    tiled = only(with_module(PerPixel(), preprocessing, tiling=tiling, crf=Crf()).predict(images))
+    assert_same(tiled, whole, exactly=False)
+
+
+def test_a_class_that_a_crf_rules_out_costs_no_confidence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict, "_LOGITS_BYTES", 1)
+    (prediction,) = only(with_module(Constant(-500, 500, -200), crf=Crf()).predict(photos((8, 8))))
+    assert prediction.confidence_sum.tolist() == [0, 64, 0]
+
+
+def test_what_goes_wrong_with_a_crf_rejects_its_image_alone() -> None:
+    dark = np.full((40, 40, 3), 20, np.uint8)
+    first, second, third = with_module(Fragile(float("nan")), crf=Crf()).predict([dark, dark + 200, dark + 1])
+    assert isinstance(first, Prediction)
+    assert isinstance(third, Prediction)
+    assert isinstance(second, Reject)
+    assert second.kind == "not finite"
+    (result,) = with_module(Exhausted(0), crf=Crf()).predict([dark])
+    assert isinstance(result, Reject)
+    assert "lower --tiling.size or leave out --crf" in result.detail
+
+
+def test_a_predictor_tells_what_the_crf_took_for_each_image() -> None:
+    seconds: list[float] = []
+    images = [np.zeros((32, 32, 3), np.uint8)] * 3
+    data = checkpoint_bytes(SMALL, Preprocessing())
+    Predictor(lambda: data, crf=Crf(), refined=seconds.append).predict(images)
+    assert len(seconds) == 3
+    assert min(seconds) > 0
+    Predictor(lambda: data, refined=seconds.append).predict(images)
+    assert len(seconds) == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_crf_on_a_gpu_gives_the_label_maps_of_the_cpu() -> None:
+    images = [demo.scene(seed)[0] for seed in range(3)]
+    for tiling in (Tiling(), Tiling(size=160, overlap=32)):
+        on_cpu = only(Predictor(DEMO.read_bytes, tiling=tiling, crf=Crf()).predict(images))
+        on_gpu = only(Predictor(DEMO.read_bytes, tiling=tiling, crf=Crf(), device="cuda").predict(images))
+        for expected, given_ in zip(on_cpu, on_gpu, strict=True):
+            assert (expected.label_map == given_.label_map).mean() >= 0.9999
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -364,12 +364,16 @@ def test_a_shard_that_is_none_is_one_reject_and_the_next_is_read(tmp_path: Path,
 
 def test_tar_samples_group_members_by_folder_and_basename() -> None:
     data = tar_of([("a/1.jpg", b"x"), ("a/1.seg.png", b"y"), ("a/2.jpg", b"z"), ("b/2.jpg", b"w"), ("b/2.jpg", b"v")])
-    assert list(tar_samples(io.BytesIO(data))) == [
+    samples = list(tar_samples(io.BytesIO(data)))
+    assert [(key, {name: member.data for name, member in members.items()}) for key, members in samples] == [
         ("a/1", {"jpg": b"x", "seg.png": b"y"}),
         ("a/2", {"jpg": b"z"}),
         ("b/2", {"jpg": b"w"}),
         ("b/2", {"jpg": b"v"}),
     ]
+    for _, members in samples:
+        for member in members.values():
+            assert data[member.offset :].startswith(member.data)
 
 
 BYTES = [b"zero", b"one", b"two"]

@@ -1,48 +1,66 @@
+"""Training on a real Ray cluster: what comes out, what goes on after a break, what is refused before it begins."""
+
 import contextlib
 import dataclasses
 import io
-import itertools
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+import tempfile
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
-from torch import Tensor, nn
 
 from segray import demo, model
+from segray.augment import Augmentation
 from segray.classes import Classes
 from segray.demo import CLASSES, Draw
-from segray.errors import ModelError, SettingsError, SourceError
+from segray.errors import ModelError, RunError, SettingsError, SourceError
+from segray.journal import Journal
 from segray.labelmap import encode_png
 from segray.model import Preprocessing
 from segray.predict import Prediction, Predictor
-from segray.train import Train, augmented, pairs, train, train_one_epoch
+from segray.schedule import Optimization
+from segray.train import Train, _place, train
+from segray.worker import Parallel, Placement
+from tests.cluster import cluster, head_options
 
+ROOT = Path(__file__).parents[1]
 ARGUMENTS = '{"encoder_depth": 3, "decoder_channels": [16, 8, 8]}'
 MODEL = "unet_tu-mobilenetv3_small_050"
 
 
-def job(source: Path, sink: Path, **settings: object) -> Train:
+def job(source: object, sink: object, **settings: Any) -> Train:
     """A job of a few steps with a very small model."""
-    small = {"model": MODEL, "arguments": ARGUMENTS, "num_epochs": 3, "batch_size": 4, "crop": 64, "num_threads": 1}
-    return Train(source=str(source), sink=str(sink), **{**small, **settings})  # type: ignore[arg-type]
+    small = {
+        "model": MODEL,
+        "arguments": ARGUMENTS,
+        "num_epochs": 3,
+        "batch_size": 4,
+        "augmentation": Augmentation(crop=64),
+        "optimization": Optimization(learning_rate=3e-3),
+        "parallel": Parallel(num_threads=1),
+    }
+    return Train(source=str(source), sink=str(sink), **{**small, **settings})
 
 
 @pytest.fixture(scope="session")
 def fields(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixteen drawn scenes, in two tar shards and in two Parquet shards."""
+    """Sixteen drawn scenes in two tar shards."""
     folder = tmp_path_factory.mktemp("fields")
-    for form in ("tar", "parquet"):
-        demo.draw(Draw(sink=str(folder / form), num_scenes=16, first_seed=0, format=form, shard_scenes=8))
+    demo.draw(Draw(sink=str(folder), num_scenes=16, first_seed=0, format="tar", shard_scenes=8))
     return folder
 
 
@@ -70,13 +88,18 @@ def encoded_pair(target: np.ndarray) -> tuple[bytes, bytes]:
     return buffer.getvalue(), encode_png(target, CLASSES.palette)
 
 
+def run(settings: Train) -> list[str]:
+    """Trains; what was printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        train(settings)
+    return printed.getvalue().splitlines()
+
+
 @pytest.fixture(scope="session")
 def trained(fields: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tuple[Train, list[str]]:
     """A job that has run, and the lines that it printed."""
-    settings = job(fields / "tar", tmp_path_factory.mktemp("trained"), num_epochs=4)
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        train(settings)
-    return settings, printed.getvalue().splitlines()
+    settings = job(fields, tmp_path_factory.mktemp("trained"), num_epochs=4, save_steps=1)
+    return settings, run(settings)
 
 
 def test_a_run_on_ray_writes_a_checkpoint_that_labels(trained: tuple[Train, list[str]]) -> None:
@@ -84,108 +107,248 @@ def test_a_run_on_ray_writes_a_checkpoint_that_labels(trained: tuple[Train, list
     checkpoint = model.load(f"{settings.sink}/checkpoint.safetensors")
     assert checkpoint.classes == CLASSES
     assert checkpoint.arguments == {"encoder_name": "tu-mobilenetv3_small_050", **json.loads(ARGUMENTS)}
-    assert checkpoint.origin["command"] == settings.command()
-    data = checkpoint.origin["data"]
-    assert (data["train"]["images"], data["val"]["images"]) == (8, 8), "the last shard is for validation"
-    assert data["train"]["command"].startswith("python -m segray.demo")
-    assert checkpoint.origin["versions"].keys() >= {"segray", "torch"}
-    metrics = checkpoint.origin["metrics"]
-    assert list(metrics["iou"]) == list(CLASSES.names)
-    assert 0 < metrics["miou"] < 1
-
+    assert checkpoint.preprocessing != Preprocessing(), "the mean and std are those of the images"
+    origin = checkpoint.origin
+    assert origin["command"] == settings.command()
+    assert origin["seed"] == settings.seed
+    assert (origin["data"]["train"]["images"], origin["data"]["val"]["images"]) == (8, 8), "the last shard validates"
+    assert origin["data"]["train"]["command"].startswith("python -m segray.demo")
+    assert origin["versions"].keys() >= {"segray", "torch", "ray"}
+    assert list(origin["metrics"]["iou"]) == list(CLASSES.names)
     image, target = demo.scene(99)
     (prediction,) = Predictor(checkpoint.to_bytes).predict([image])
     assert isinstance(prediction, Prediction)
     assert prediction.label_map.shape == target.shape
-
-    losses = [float(line.split("loss ")[1].split(",")[0]) for line in printed if line.startswith("epoch")]
-    assert len(losses) == 4
-    assert losses[-1] < losses[0]
     assert printed[-1] == f"wrote {settings.sink}/checkpoint.safetensors"
+    assert sum(line.startswith("epoch ") for line in printed) == 4
+
+
+def test_the_sink_tells_how_it_went(trained: tuple[Train, list[str]]) -> None:
+    settings, _ = trained
+    journal = Journal(settings.sink)
+    told = journal.training()
+    assert told is not None
+    assert (told["status"], told["num_steps"], told["steps_per_epoch"]) == ("finished", 8, 2)
+    lines = journal.metrics()
+    steps, epochs = ([line for line in lines if line["kind"] == kind] for kind in ("steps", "epoch"))
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    assert [line["step"] for line in epochs] == [2, 4, 6, 8]
+    assert epochs[-1]["loss"] < epochs[0]["loss"]
+    best = max(epochs, key=lambda line: line["miou"])
+    assert told["best_epoch"] == best["epoch"]
+    assert model.load(f"{settings.sink}/checkpoint.safetensors").origin["metrics"]["miou"] == best["miou"]
+    assert model.load(f"{settings.sink}/last.safetensors").origin["metrics"]["epoch"] == 4
+    seen = json.loads(journal.read("validation/epoch-0004.json") or b"")
+    num_pixels = sum(target.size for _, target in map(demo.scene, range(8, 16)))
+    assert np.array(seen["confusion"]).sum() == num_pixels, "the whole set, each image once"
+    assert [image["miou"] for image in seen["worst"]] == sorted(image["miou"] for image in seen["worst"])
+    assert len({image["uri"] for image in seen["worst"]}) == 8
+    assert journal.read("tensorboard/events.out.tfevents.segray")
+
+
+def test_the_same_command_again_has_nothing_to_do_and_another_is_refused(trained: tuple[Train, list[str]]) -> None:
+    settings, _ = trained
+    before = {path: path.stat().st_mtime_ns for path in Path(settings.sink).rglob("*.safetensors")}
+    assert "holds this training, finished" in run(settings)[-1]
+    other = dataclasses.replace(settings, optimization=Optimization(learning_rate=0.01), seed=1)
+    with pytest.raises(SettingsError, match=r"learning-rate was 0\.003, is 0\.01, seed was 0, is 1"):
+        train(other)
+    assert {path: path.stat().st_mtime_ns for path in Path(settings.sink).rglob("*.safetensors")} == before
+
+
+def losses(sink: object) -> dict[int, float]:
+    """By step."""
+    return {line["step"]: line["loss"] for line in Journal(str(sink)).metrics() if line["kind"] == "steps"}
+
+
+def assert_same_training(sink: object, other: object) -> None:
+    """The same curve, and the same models."""
+    assert losses(sink) == losses(other)
+    for name in ("checkpoint", "last"):
+        assert len({model.load(f"{folder}/{name}.safetensors").digest() for folder in (sink, other)}) == 1
+
+
+def wait_for_step(sink: Path, step: int, alive: Any) -> None:
+    deadline = time.monotonic() + 240
+    while not list(sink.glob(f"state/step-{step:08d}.safetensors")):
+        assert alive(), "it had ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_killed_worker_costs_a_start_and_nothing_else(trained: tuple[Train, list[str]], tmp_path: Path) -> None:
+    settings, _ = trained
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            train(dataclasses.replace(settings, sink=str(tmp_path)))
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    wait_for_step(tmp_path, 3, thread.is_alive)
+    children = psutil.Process().children(recursive=True)
+    [worker] = [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
+    worker.kill()
+    thread.join(300)
+    assert not failures
+    assert not thread.is_alive()
+    assert_same_training(settings.sink, tmp_path)
 
 
 @pytest.mark.slow
-def test_one_seed_gives_one_checkpoint(trained: tuple[Train, list[str]], tmp_path: Path) -> None:
+def test_what_is_stopped_in_the_middle_goes_on_with_the_same_command(
+    trained: tuple[Train, list[str]], tmp_path: Path
+) -> None:
     settings, _ = trained
-    train(dataclasses.replace(settings, sink=str(tmp_path)))
-    digests = {model.load(f"{sink}/checkpoint.safetensors").digest() for sink in (settings.sink, tmp_path)}
-    assert len(digests) == 1
+    stopped = dataclasses.replace(settings, sink=str(tmp_path))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    process = subprocess.Popen(
+        [sys.executable, *shlex.split(stopped.command())[1:]],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for_step(tmp_path, 3, lambda: process.poll() is None)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    told = Journal(str(tmp_path)).training()
+    assert told is not None
+    assert told["status"] == "interrupted"
+    printed = run(stopped)
+    assert any(line.startswith("goes on from step ") for line in printed)
+    assert_same_training(settings.sink, tmp_path)
 
 
-def test_the_step_learns_without_ray() -> None:
-    torch.manual_seed(0)
-    images = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8)
-    targets = (images[..., 0] > 127).to(torch.uint8)
-    module = nn.Conv2d(3, 2, 1)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    batches = [{"image": images, "target": targets}] * 20
-    losses = [train_one_epoch(module, batches, optimizer, schedule, Preprocessing(), 255) for _ in range(3)]
-    assert losses[2] < losses[1] < losses[0]
-    assert losses[2] < 0.2
+@pytest.mark.slow
+def test_a_lost_node_costs_a_start_and_nothing_else(fields: Path, tmp_path: Path, ray_cluster: None) -> None:
+    settings = job(
+        fields,
+        tmp_path / "alone",
+        num_epochs=6,
+        save_steps=1,
+        # Without batch norms that learn, so that as many workers as there are learn the same.
+        arguments=json.dumps({**json.loads(ARGUMENTS), "decoder_use_norm": False}),
+        optimization=Optimization(learning_rate=3e-3, backbone_rate=0.0),
+    )
+    run(settings)
+    sink = tmp_path / "sink"
+    command = dataclasses.replace(settings, sink=str(sink), parallel=Parallel(workers="1:2", num_threads=1)).command()
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder, cluster(folder) as made:
+        made.add(*head_options(made), num_cpus=0)
+        nodes = [made.add(num_cpus=2) for _ in range(2)]
+        process = made.start("job", "submit", f"--working-dir={ROOT}", "--", *shlex.split(command))
+        wait_for_step(sink, 3, lambda: process.poll() is None)
+        made.kill(nodes[0])
+        output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert "goes on by itself" in output
+    assert losses(sink) == pytest.approx(losses(f"{tmp_path}/alone"), rel=1e-3)
 
 
-def test_void_pixels_teach_nothing() -> None:
-    def trained(images: Tensor, targets: Tensor) -> Tensor:
-        torch.manual_seed(0)
-        module = nn.Conv2d(3, 2, 1)
-        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-        loss = train_one_epoch(
-            module, [{"image": images, "target": targets}], optimizer, schedule, Preprocessing(), 255
-        )
-        assert np.isfinite(loss)
-        return module.weight.detach()
+@pytest.mark.slow
+def test_data_that_changed_behind_its_index_is_named(tmp_path: Path, ray_cluster: None) -> None:
+    from segray.pack import Pack, pack
 
-    images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
-    targets = torch.randint(0, 2, (2, 8, 8), dtype=torch.uint8)
-    targets[:, :, :4] = 255
-    other = images.clone()
-    other[:, :, :4] = 255 - other[:, :, :4]
-    assert torch.equal(trained(images, targets), trained(other, targets))
-
-    nothing = torch.full_like(targets, 255)
-    after = trained(images, nothing)
-    torch.manual_seed(0)
-    assert torch.equal(after, nn.Conv2d(3, 2, 1).weight)
+    demo.draw(Draw(sink=str(tmp_path / "fields"), num_scenes=12, first_seed=0))
+    pack(Pack(source=str(tmp_path / "fields"), sink=str(tmp_path / "shards"), val_fraction=0.3))
+    [shard] = (tmp_path / "shards/train").glob("*.tar")
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(RunError, match=r"shard-\w+\.tar#.*: the image cannot be decoded.*the same command goes on"):
+        train(job(tmp_path / "shards", tmp_path / "sink"))
 
 
-def test_augmentation_moves_image_and_target_together() -> None:
-    ids = np.arange(40 * 50, dtype=np.int32).reshape(40, 50)
-    image = np.stack([ids // 50 * 6, ids % 50 * 5, np.zeros_like(ids)], axis=2).astype(np.uint8)
-    target = (image[..., 0] > image[..., 1]).astype(np.uint8)
-    seen = set()
-    for seed in range(20):
-        cut, cut_target = augmented(image, target, 32, 255, np.random.default_rng(seed))
-        assert cut.shape == (32, 32, 3)
-        assert cut_target.shape == (32, 32)
-        # A change of light keeps the order of two channels but for its tint of at most 15 %.
-        bright, dim = cut[..., 0].astype(float), cut[..., 1].astype(float)
-        clear = np.abs(bright - dim) > 0.2 * np.maximum(bright, dim) + 3
-        assert clear.sum() > 100
-        np.testing.assert_array_equal((bright > dim)[clear], cut_target[clear] == 1)
-        seen.add(cut_target.tobytes())
-    assert len(seen) > 10
+def test_two_workers_pack_train_label_and_evaluate_from_and_to_object_storage(s3: Any, ray_cluster: None) -> None:
+    from segray.evaluate import Evaluate, evaluate
+    from segray.label import Label, label
+    from segray.pack import Pack, pack
+
+    root = "s3://segray/train-test"
+    demo.draw(Draw(sink=f"{root}/fields", num_scenes=16, first_seed=0))
+    pack(Pack(source=f"{root}/fields", sink=f"{root}/shards", shard_images=8, val_fraction=0.3))
+    settings = job(
+        f"{root}/shards",
+        f"{root}/model",
+        resize=160,
+        loss="ce+0.5*dice",
+        class_weights="balanced",
+        auxiliary=0.4,
+        optimization=Optimization(learning_rate=3e-3, ema=0.5, clip=1.0, accumulate=2),
+        parallel=Parallel(workers="2", num_threads=1),
+    )
+    assert f"wrote {root}/model/checkpoint.safetensors" in run(settings)
+    assert model.load(f"{root}/model/checkpoint.safetensors").preprocessing.resize == 160
+    label(Label(source=f"{root}/fields/images", sink=f"{root}/labels", model=f"{root}/model/checkpoint.safetensors"))
+    evaluation = evaluate(Evaluate(sink=f"{root}/labels", targets=f"{root}/fields/targets"))
+    assert evaluation.num_images == 16
 
 
-def test_what_lies_beyond_a_small_image_is_void() -> None:
-    image, target = np.full((20, 70, 3), 200, np.uint8), np.ones((20, 70), np.uint8)
-    cut, cut_target = augmented(image, target, 32, 255, np.random.default_rng(0))
-    assert cut.shape == (32, 32, 3)
-    assert (cut_target == 1).sum() == 20 * 32
-    assert (cut_target == 255).sum() == 12 * 32
+@pytest.mark.slow
+def test_without_a_better_epoch_it_ends_early(fields: Path, tmp_path: Path, ray_cluster: None) -> None:
+    settings = job(fields, tmp_path, num_epochs=9, patience=1, optimization=Optimization(learning_rate=1e-12))
+    run(settings)
+    told = Journal(str(tmp_path)).training()
+    assert told is not None
+    assert told["status"] == "stopped early"
+    # Batch norms move though weights do not.
+    assert len([line for line in Journal(str(tmp_path)).metrics() if line["kind"] == "epoch"]) < 9
+    assert "stopped early" in run(settings)[-1]
 
 
-def test_tar_and_parquet_shards_hold_the_same_pairs(fields: Path) -> None:
-    def read(form: str) -> Iterator[tuple[bytes, bytes]]:
-        for shard in sorted((fields / form).glob("shard-*")):
-            for uri, image, target in pairs(str(shard)):
-                assert uri.startswith(f"{shard}#")
-                yield image, target
+def test_a_loss_that_is_no_number_ends_it_and_names_the_images(fields: Path, tmp_path: Path, ray_cluster: None) -> None:
+    settings = job(fields, tmp_path, optimization=Optimization(optimizer="sgd", learning_rate=1e30, warm_up=0.0))
+    with pytest.raises(
+        RunError, match=r"the loss is (nan|inf) in step \d.*shard-000000\.tar#scene-000000\d, "
+    ) as raised:
+        train(settings)
+    assert "--learning-rate" in str(raised.value)
+    told = Journal(str(tmp_path)).training()
+    assert told is not None
+    assert told["status"] == "failed"
 
-    both = list(itertools.zip_longest(read("tar"), read("parquet")))
-    assert len(both) == 16
-    assert all(of_tar == of_parquet for of_tar, of_parquet in both)
+
+def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(
+    fields: Path, tmp_path: Path, ray_cluster: None
+) -> None:
+    printed = "\n".join(run(job(fields, tmp_path / "sink", dry_run=True)))
+    for text in ("8 images to train on, 8 to validate on", "parameters; 6 steps of 4", "s each", "GiB", "nothing was"):
+        assert text in printed
+    assert not (tmp_path / "sink").exists()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_trained_further_with_other_classes(
+    trained: tuple[Train, list[str]], tmp_path: Path, ray_cluster: None
+) -> None:
+    before, _ = trained
+    source = tmp_path / "source"
+    source.mkdir()
+    image, target = encoded_pair(np.repeat(np.arange(2, dtype=np.uint8), 32 * 64).reshape(64, 64))
+    for shard in range(2):
+        members = {f"{n}.{end}": data for n in range(4) for end, data in (("jpg", image), ("target.png", target))}
+        write_tar(source / f"{shard}.tar", members)
+    (source / "classes.json").write_text(json.dumps(["dark", "bright"]))
+    start = f"{before.sink}/checkpoint.safetensors"
+    printed = run(job(source, tmp_path / "sink", model=start, arguments="{}", num_epochs=1))
+    assert any("random is segmentation_head.0.bias, segmentation_head.0.weight" in line for line in printed)
+    after = model.load(f"{tmp_path}/sink/checkpoint.safetensors")
+    assert after.classes.names == ("dark", "bright")
+    assert after.preprocessing == model.load(start).preprocessing
+
+
+def test_a_class_without_a_pixel_is_named_before_anything_is_trained(
+    fields: Path, tmp_path: Path, ray_cluster: None
+) -> None:
+    classes = tmp_path / "classes.json"
+    classes.write_text(json.dumps([*CLASSES.names, "gnome", "flamingo"]))
+    with pytest.raises(SourceError, match="no target to train on has a pixel of gnome, flamingo"):
+        train(job(fields, tmp_path / "sink", classes=str(classes)))
+    assert not (tmp_path / "sink").exists()
 
 
 @pytest.mark.parametrize(
@@ -229,46 +392,98 @@ def test_a_parquet_shard_without_targets_is_named(tmp_path: Path, ray_cluster: N
         train(job(tmp_path, tmp_path / "sink"))
 
 
-def test_a_source_without_shards_or_with_one_says_the_way_out(tmp_path: Path) -> None:
-    (tmp_path / "classes.json").write_text(json.dumps(CLASSES.to_dict()))
-    with pytest.raises(SourceError, match="no shards"):
-        train(job(tmp_path, tmp_path / "sink"))
-    write_tar(tmp_path / "shard-000000.tar", {})
-    with pytest.raises(SourceError, match="give --val"):
-        train(job(tmp_path, tmp_path / "sink"))
+GPU_NODE = {"Alive": True, "Resources": {"GPU": 8.0, "object_store_memory": 1e9}}
+CPU_NODE = {"Alive": True, "Resources": {"CPU": 16.0, "object_store_memory": 1e9}}
+BOTH_NODE = {"Alive": True, "Resources": {"CPU": 16.0, "GPU": 8.0, "object_store_memory": 1e9}}
+
+
+@pytest.mark.parametrize(
+    ("workers", "device", "nodes", "placed"),
+    [
+        ("1:8", "cuda", [CPU_NODE], ("cuda", (1, 8), 0.0)),  # as cluster/kuberay/rayjob-train.yaml begins
+        ("1:8", "cuda", [CPU_NODE, GPU_NODE], ("cuda", (1, 8), 0.0)),
+        (None, "auto", [CPU_NODE, GPU_NODE], ("cuda", 8, 0.0)),
+        (None, "auto", [BOTH_NODE], ("cuda", 8, 1.0)),
+        (None, "auto", [CPU_NODE], ("cpu", 1, 0.9)),
+        ("8:16", "cpu", [CPU_NODE], ("cpu", (8, 16), 0.5)),
+    ],
+)
+def test_workers_ask_for_what_their_nodes_have(
+    workers: str | None, device: Any, nodes: list[dict[str, Any]], placed: tuple[Any, ...]
+) -> None:
+    settings = job("source", "sink", batch_size=16, parallel=Parallel(workers=workers, device=device))
+    placement = _place(settings, nodes)
+    assert (placement.device, placement.workers, placement.worker_cpus) == placed
+
+
+def test_tasks_share_what_workers_leave() -> None:
+    on_gpus = Placement(device="cuda", workers=(1, 8), worker_cpus=0.0)
+    tasks = on_gpus.tasks(4, {"CPU": 16.0, "object_store_memory": 8e9})
+    assert (tasks.num_cpus, tasks.concurrency, tasks.store_bytes) == (1.0, 4, 1e9)
+    assert on_gpus.tasks(8, {"CPU": 4.0, "object_store_memory": 8e9}).num_cpus == 0.25
+    beside = Placement(device="cpu", workers=2, worker_cpus=0.9).tasks(2, {"CPU": 2.0, "object_store_memory": 8e9})
+    assert beside.num_cpus < 0.1, "there is room for them on whole CPUs that workers took"
+    assert beside.concurrency == 2
+
+
+def test_shards_of_other_classes_are_not_validated_on(fields: Path, tmp_path: Path, ray_cluster: None) -> None:
+    for shard in fields.glob("*.tar"):
+        (tmp_path / shard.name).symlink_to(shard)
+    (tmp_path / "classes.json").write_text(json.dumps([*CLASSES.names[::-1]]))
+    with pytest.raises(SettingsError, match="has the classes track, weed, crop, soil, and"):
+        train(job(fields, tmp_path / "sink", val=str(tmp_path)))
 
 
 def test_settings_that_do_not_fit_are_refused(fields: Path, tmp_path: Path, ray_cluster: None) -> None:
-    with pytest.raises(SettingsError, match="--crop 63 must be a multiple of"):
-        train(job(fields / "tar", tmp_path, model="unetplusplus_tu-mobilenetv3_small_050", crop=63))
+    with pytest.raises(SettingsError, match="--crop 63 is no multiple of"):
+        train(job(fields, tmp_path, model="unetplusplus_tu-mobilenetv3_small_050", augmentation=Augmentation(crop=63)))
     with pytest.raises(SettingsError, match="--batch-size 9 is more than the 8 images"):
-        train(job(fields / "tar", tmp_path, batch_size=9))
+        train(job(fields, tmp_path, batch_size=9))
+    with pytest.raises(SettingsError, match="--batch-size 3 is too small to be shared by 4 workers"):
+        train(job(fields, tmp_path, batch_size=3, parallel=Parallel(workers="2:4")))
+    with pytest.raises(SettingsError, match="cannot learn from one crop at a time"):
+        train(job(fields, tmp_path, model="deeplabv3_resnet18", arguments="{}", batch_size=1))
     with pytest.raises(ModelError, match="no model 'nonsense'"):
-        train(job(fields / "tar", tmp_path, model="nonsense"))
+        train(job(fields, tmp_path, model="nonsense"))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"num_epochs": 0}, "--num-epochs 0"),
-        ({"learning_rate": 0.0}, "--learning-rate"),
-        ({"warm_up": 1.0}, "--warm-up"),
-        ({"weight_decay": -1.0}, "--weight-decay"),
-        ({"num_threads": 0}, "--num-threads 0"),
+        ({"patience": 0}, "--patience 0"),
+        ({"resize": 0}, "--resize 0"),
+        ({"save_steps": 0}, "--save-steps 0"),
         ({"seed": -1}, "--seed -1"),
+        ({"auxiliary": -0.1}, "--auxiliary -0.1"),
         ({"arguments": "decoder"}, "not JSON"),
         ({"arguments": "[1]"}, "JSON object"),
     ],
 )
-def test_settings_out_of_bounds_are_refused(settings: dict[str, object], message: str) -> None:
+def test_settings_out_of_bounds_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        job(Path("source"), Path("sink"), **settings)
+        job("source", "sink", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"workers": "0"}, "--workers 0: give a number from 1 on"),
+        ({"workers": "4:2"}, "--workers 4:2"),
+        ({"workers": "many"}, "--workers many"),
+        ({"num_threads": 0}, "--num-threads 0"),
+        ({"dtype": "float16", "strategy": "fsdp"}, "--strategy fsdp; bfloat16 does"),
+    ],
+)
+def test_ways_to_compute_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        Parallel(**settings)
 
 
 def test_the_command_gives_the_settings_back() -> None:
-    settings = job(Path("a folder"), Path("sink"), seed=3)
+    settings = job("a folder", "sink", seed=3, augmentation=Augmentation(scale=(1.0, 1.5)), dry_run=True)
     code = (
-        "import shlex, sys, tyro; from segray.train import Train; "
+        "import shlex, sys, tyro; from segray.train import Augmentation, Optimization, Parallel, Train; "
         "print(tyro.cli(Train, args=shlex.split(sys.argv[1])[2:]) == eval(sys.argv[2]))"
     )
     done = subprocess.run(

@@ -1,0 +1,144 @@
+"""What an image and its target go through in training: a crop of another scale, mirrored, turned and recoloured."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Integer, UInt8
+from PIL import Image, ImageFilter
+
+from segray.errors import SettingsError
+
+__all__ = ["Augmentation", "augment"]
+
+_TRIES = 10
+_MIN_BLUR, _MAX_BLUR = 0.1, 2.0
+
+_Image = UInt8[np.ndarray, "height width 3"]
+_Target = Integer[np.ndarray, "height width"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Augmentation:
+    """How pairs are varied, anew in each epoch.
+
+    Raises:
+        SettingsError: a setting is out of its bounds.
+    """
+
+    crop: int = 256
+    """Side in pixels of the square that the model is shown."""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Least and largest factor by which an image is scaled; 1 1 leaves it as it is."""
+    class_share: float = 0.75
+    """A crop of whose valid pixels one class has more is cut anew, up to ten times. 1: the first is taken."""
+    flip: float = 0.5
+    """Probability of being mirrored left to right."""
+    rotation: float = 10.0
+    """Largest angle in degrees by which it is turned, either way; 180 for what has no upright, as seen from above."""
+    colour: float = 0.3
+    """Largest change of brightness, contrast and saturation, as a share."""
+    blur: float = 0.1
+    """Probability of a Gaussian blur, of 0.1 to 2 pixels."""
+
+    def __post_init__(self) -> None:
+        if self.crop < 1:
+            raise SettingsError(f"--crop {self.crop} must be at least 1")
+        least, largest = self.scale
+        if not 0 < least <= largest < math.inf:
+            raise SettingsError(f"--scale {least} {largest}: give the least and the largest factor, finite and above 0")
+        for name, value, bound in (
+            ("class-share", self.class_share, 1.0),
+            ("flip", self.flip, 1.0),
+            ("rotation", self.rotation, 180.0),
+            ("colour", self.colour, 1.0),
+            ("blur", self.blur, 1.0),
+        ):
+            if not 0 <= value <= bound:
+                raise SettingsError(f"--{name} {value} must lie between 0 and {bound:g}")
+        if self.class_share == 0:
+            raise SettingsError("--class-share 0.0 must be above 0")
+
+
+def augment(
+    image: _Image, target: _Target, settings: Augmentation, ignore_index: int, seed: int, resize: int | None = None
+) -> tuple[UInt8[np.ndarray, "crop crop 3"], Integer[np.ndarray, "crop crop"]]:
+    """Cuts a square out of an image and its target, and changes both.
+
+    Only the window that the crop needs is scaled. What lies beyond the image is black, before it is recoloured, and
+    void in the target.
+
+    Args:
+        image: (height, width, 3) uint8 RGB.
+        target: (height, width) class ids.
+        settings: what may happen.
+        ignore_index: the id of void.
+        seed: decides what does.
+        resize: pixels of the shorter side to which an image is brought first. None: it stays as it is.
+
+    Returns:
+        (crop, crop, 3) uint8 and (crop, crop) of the target's dtype, or of a wider one where void does not fit it;
+        targets are scaled and turned without mixing ids.
+    """
+    # torch takes seconds to import, and `--help` of the job that has these settings waits for none of them.
+    from torchvision.transforms import v2
+    from torchvision.transforms.v2 import functional as TF
+
+    # Void may be an id for which the target's own dtype has no room.
+    target = target.astype(np.promote_types(target.dtype, np.min_scalar_type(ignore_index)), copy=False)
+    rng = np.random.default_rng(seed)
+    least, largest = settings.scale
+    scale = math.exp(rng.uniform(math.log(least), math.log(largest)))
+    if resize is not None:
+        scale *= resize / min(target.shape)
+    angle = rng.uniform(-settings.rotation, settings.rotation)
+    turned = math.radians(angle)
+    # So much is cut out that after turning no corner of the crop is empty.
+    side = math.ceil(settings.crop * (abs(math.cos(turned)) + abs(math.sin(turned))) - 1e-9)
+    window = max(1, round(side / scale))
+    image, target = _window(image, target, window, settings.class_share, ignore_index, rng)
+
+    # Pillow's images, as torchvision turns and recolours them several times faster than tensors on one core.
+    pixels, ids = Image.fromarray(image), Image.fromarray(target.astype(np.int32))
+    if window != side:
+        pixels = TF.resize(pixels, [side, side], v2.InterpolationMode.BILINEAR, antialias=True)
+        ids = TF.resize(ids, [side, side], v2.InterpolationMode.NEAREST)
+    if angle:
+        pixels = TF.rotate(pixels, angle, v2.InterpolationMode.BILINEAR)
+        ids = TF.rotate(ids, angle, v2.InterpolationMode.NEAREST, fill=ignore_index)
+    pixels, ids = (TF.center_crop(some, [settings.crop, settings.crop]) for some in (pixels, ids))
+    if rng.random() < settings.flip:
+        pixels, ids = TF.horizontal_flip(pixels), TF.horizontal_flip(ids)
+    if settings.colour:
+        for adjust in (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation):
+            pixels = adjust(pixels, rng.uniform(1 - settings.colour, 1 + settings.colour))
+    if rng.random() < settings.blur:
+        pixels = pixels.filter(ImageFilter.GaussianBlur(rng.uniform(_MIN_BLUR, _MAX_BLUR)))
+    return np.array(pixels), np.array(ids).astype(target.dtype)
+
+
+def _window(
+    image: _Image, target: _Target, size: int, class_share: float, ignore_index: int, rng: np.random.Generator
+) -> tuple[UInt8[np.ndarray, "size size 3"], Integer[np.ndarray, "size size"]]:
+    """A square of an image and its target; where they are smaller, they lie somewhere in it."""
+    height, width = target.shape
+
+    def cut() -> tuple[int, int, _Target]:
+        # Negative where the image is smaller than the window.
+        row, col = (int(rng.integers(min(0, length - size), max(0, length - size) + 1)) for length in (height, width))
+        return row, col, target[max(row, 0) : row + size, max(col, 0) : col + size]
+
+    row, col, part = cut()
+    for _ in range(_TRIES if class_share < 1 else 0):
+        coarse = part[:: max(1, size // 64), :: max(1, size // 64)]
+        counts = np.bincount(coarse[coarse != ignore_index])
+        if counts.size and counts.max() <= class_share * counts.sum():
+            break
+        row, col, part = cut()
+    image = image[max(row, 0) : row + size, max(col, 0) : col + size]
+    before = max(-row, 0), max(-col, 0)
+    padding = [(first, size - length - first) for first, length in zip(before, part.shape, strict=True)]
+    if any(map(any, padding)):
+        image = np.pad(image, [*padding, (0, 0)])
+        part = np.pad(part, padding, constant_values=ignore_index)
+    return np.ascontiguousarray(image), part
