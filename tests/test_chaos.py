@@ -23,6 +23,7 @@ def test_whatever_happens_to_a_run_each_image_has_one_row_after_the_next() -> No
     assert re.search(r"\| driver killed \| 1 \| 1 \| 1 \|\n\n1 of 1", printed)
 
 
+@pytest.mark.slow
 def test_a_soak_verifies_its_store_and_its_second_run_opens_no_shard() -> None:
     printed = run("tests.soak", "--num-images", "10000")
     assert re.search(r"\| all \| 10,000 \|", printed)
