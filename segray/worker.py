@@ -97,7 +97,7 @@ class Placement:
 
     def tasks(self, num_workers: int, resources: Mapping[str, float]) -> feed.Tasks:
         """Those that feed one of so many workers, on a cluster that has these resources."""
-        share = max(resources["CPU"] / num_workers - self.worker_cpus, 0.0)
+        share = max(resources.get("CPU", 0.0) / num_workers - self.worker_cpus, 0.0)
         return feed.Tasks(
             # Where a worker on CPUs has taken the last whole one there is room for tasks.
             num_cpus=_TASK_CPUS_BESIDE_WORKERS if self.device == "cpu" else min(1.0, share / _MIN_TASKS),

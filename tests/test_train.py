@@ -421,6 +421,7 @@ def test_tasks_share_what_workers_leave() -> None:
     tasks = on_gpus.tasks(4, {"CPU": 16.0, "object_store_memory": 8e9})
     assert (tasks.num_cpus, tasks.concurrency, tasks.store_bytes) == (1.0, 4, 1e9)
     assert on_gpus.tasks(8, {"CPU": 4.0, "object_store_memory": 8e9}).num_cpus == 0.25
+    assert on_gpus.tasks(8, {"object_store_memory": 8e9}).num_cpus == 0, "while no node with CPUs is there"
     beside = Placement(device="cpu", workers=2, worker_cpus=0.9).tasks(2, {"CPU": 2.0, "object_store_memory": 8e9})
     assert beside.num_cpus < 0.1, "there is room for them on whole CPUs that workers took"
     assert beside.concurrency == 2
