@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from datetime import time as clock
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -220,7 +221,7 @@ def label(job: Label) -> None:
         lost=functools.partial(run.end, "the sink's lock was lost to another run, or could not be renewed"),
     )
     with lock, session() as ray:
-        placement = place(job, _nodes(ray, job))
+        placement = _placed(job, ray)
         parts = sink.parts()  # before what is done: what a dying run commits in between is then seen at the end
         done = sink.done(with_rejects=not job.retry_rejects)
         index = _index(source, sink, done)
@@ -480,18 +481,12 @@ def place(job: Label, nodes: Sequence[Mapping[str, Any]]) -> Placement:
     )
 
 
-def _nodes(ray: Any, job: Label) -> Any:
-    """The cluster's nodes; where a range of actors says that nodes come and go, one with CPUs is waited for."""
-    deadline, told = time.monotonic() + progress.START_SECONDS, False
-    while True:
-        nodes = ray.nodes()
-        waits = _may_grow(job.actors) and time.monotonic() < deadline
-        if not waits or any(node["Alive"] and node["Resources"].get("CPU") for node in nodes):
-            return nodes
-        if not told:
-            note("the cluster has no CPUs yet; waiting for a node")
-            told = True
-        time.sleep(1)
+def _placed(job: Label, ray: ModuleType) -> Placement:
+    """`place` on the cluster's nodes; where a range of actors says that they come and go, one is waited for."""
+    from segray.session import nodes_with_cpus
+
+    wait_seconds = progress.START_SECONDS if _may_grow(job.actors) else 0.0
+    return place(job, nodes_with_cpus(ray, wait_seconds, note))
 
 
 def _without_gpu(nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -879,7 +874,7 @@ def _time_sample(
             some = table.take(pa.array(rows[: table.num_rows]))
             blocks += [ray.put(some.slice(row, size)) for row in range(0, some.num_rows, size)]
         ledger = _start_ledger(ray, "sample", job.sample, None)
-        chain = _chain(job, checkpoint, place(job, _nodes(ray, job)), blocks, done, ledger, _forget)
+        chain = _chain(job, checkpoint, _placed(job, ray), blocks, done, ledger, _forget)
         for _ in chain.iter_batches(batch_size=None):
             pass
         state: Snapshot = ray.get(ledger.snapshot.remote(), timeout=_LEDGER_SECONDS)

@@ -4,14 +4,15 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 from segray.errors import Refused, SegrayError
 
-__all__ = ["root_cause", "session"]
+__all__ = ["nodes_with_cpus", "root_cause", "session"]
 
 
 @contextmanager
@@ -58,6 +59,19 @@ def session() -> Iterator[ModuleType]:
     finally:
         if ours:
             ray.shutdown()
+
+
+def nodes_with_cpus(ray: ModuleType, wait_seconds: float, say: Callable[[str], None]) -> Sequence[Mapping[str, Any]]:
+    """The cluster's nodes, once one that is alive has CPUs, or as they are after `wait_seconds`."""
+    deadline, told = time.monotonic() + wait_seconds, False
+    while True:
+        nodes: Sequence[Mapping[str, Any]] = ray.nodes()
+        if any(node["Alive"] and node["Resources"].get("CPU") for node in nodes) or time.monotonic() >= deadline:
+            return nodes
+        if not told:
+            say("the cluster has no CPUs; waiting for a node")
+            told = True
+        time.sleep(1)
 
 
 def root_cause(error: BaseException) -> str:

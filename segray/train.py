@@ -18,7 +18,6 @@ import os
 import shlex
 import tempfile
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -432,19 +431,6 @@ def _tell(plan: Plan, begin: "Checkpoint", fresh: Sequence[str], num_parameters:
         print(f"begins with {begin.origin['weights']} weights; random is {shown}", flush=True)
 
 
-def _nodes(ray: Any) -> Any:
-    """The cluster's nodes, once one has CPUs."""
-    deadline, told = time.monotonic() + START_SECONDS, False
-    while True:
-        nodes = ray.nodes()
-        if any(node["Alive"] and node["Resources"].get("CPU") for node in nodes) or time.monotonic() > deadline:
-            return nodes
-        if not told:
-            note("the cluster has no CPUs; waiting for a node")
-            told = True
-        time.sleep(1)
-
-
 class _BrokenOff(RunError):
     """Workers were lost, or ended by what was no fault of the data or the settings."""
 
@@ -452,6 +438,8 @@ class _BrokenOff(RunError):
 def _fit_on(job: Train, plan: Plan, lost: threading.Event, journal: Journal) -> str:
     """Has `_fit` go on where workers were lost, as often as that happens while the training moves."""
     import ray
+
+    from segray.session import nodes_with_cpus
 
     failures = 0
     while True:
@@ -465,7 +453,7 @@ def _fit_on(job: Train, plan: Plan, lost: threading.Event, journal: Journal) -> 
             note(f"{error}; goes on by itself")
         if plan.placement.device == "cpu":  # workers that need a GPU each wait for it
             on_cpus = dataclasses.replace(job, parallel=dataclasses.replace(job.parallel, device="cpu"))
-            plan = dataclasses.replace(plan, placement=_place(on_cpus, _nodes(ray)))
+            plan = dataclasses.replace(plan, placement=_place(on_cpus, nodes_with_cpus(ray, START_SECONDS, note)))
 
 
 def _fit(plan: Plan, lost: threading.Event) -> str:

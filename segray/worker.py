@@ -341,6 +341,7 @@ class _Worker:
                 "learning_rate": learner.learning_rate,
                 "images_per_second": len(losses) * order.batch_size / seconds,
                 "seconds": seconds,
+                "num_workers": self._num_workers,
             }
         )
         self._losses = []

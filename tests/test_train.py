@@ -225,17 +225,21 @@ def test_what_is_stopped_in_the_middle_goes_on_with_the_same_command(
     assert_same_training(settings.sink, tmp_path)
 
 
-@pytest.mark.slow
-def test_a_lost_node_costs_a_start_and_nothing_else(fields: Path, tmp_path: Path, ray_cluster: None) -> None:
-    settings = job(
-        fields,
-        tmp_path / "alone",
-        num_epochs=6,
+def batch_normless(source: object, sink: object, **settings: Any) -> Train:
+    """A job without batch norms that learn, so that any number of workers learns the same."""
+    return job(
+        source,
+        sink,
         save_steps=1,
-        # Without batch norms that learn, so that as many workers as there are learn the same.
         arguments=json.dumps({**json.loads(ARGUMENTS), "decoder_use_norm": False}),
         optimization=Optimization(learning_rate=3e-3, backbone_rate=0.0),
+        **settings,
     )
+
+
+@pytest.mark.slow
+def test_a_lost_node_costs_a_start_and_nothing_else(fields: Path, tmp_path: Path, ray_cluster: None) -> None:
+    settings = batch_normless(fields, tmp_path / "alone", num_epochs=6)
     run(settings)
     sink = tmp_path / "sink"
     command = dataclasses.replace(settings, sink=str(sink), parallel=Parallel(workers="1:2", num_threads=1)).command()
@@ -249,6 +253,39 @@ def test_a_lost_node_costs_a_start_and_nothing_else(fields: Path, tmp_path: Path
     assert process.returncode == 0, output
     assert "goes on by itself" in output
     assert losses(sink) == pytest.approx(losses(f"{tmp_path}/alone"), rel=1e-3)
+
+
+GROWS = """\
+from segray import train
+from segray.cli import main
+from segray.worker import Placement
+
+train._RESIZE_SECONDS = 5.0
+train._place = lambda *_: Placement(device="cpu", workers=(1, 2), worker_cpus=0.9)  # one to a node, as on GPUs
+main("train")
+"""
+
+
+@pytest.mark.slow
+def test_a_node_that_comes_is_taken_up(fields: Path, tmp_path: Path, ray_cluster: None) -> None:
+    alone = batch_normless(fields, tmp_path / "alone", num_epochs=40)
+    run(alone)
+    settings = dataclasses.replace(
+        alone, sink=str(tmp_path / "sink"), parallel=Parallel(workers="1:2", num_threads=1, device="cpu")
+    )
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder, cluster(folder) as made:
+        made.add(*head_options(made), num_cpus=0)
+        made.add(num_cpus=1)
+        (tmp_path / "grows.py").write_text(GROWS)
+        command = ["python", str(tmp_path / "grows.py"), *shlex.split(settings.command())[2:]]
+        process = made.start("job", "submit", f"--working-dir={ROOT}", "--", *command)
+        wait_for_step(Path(settings.sink), 3, lambda: process.poll() is None)
+        made.add(num_cpus=1)
+        output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    workers = [line["num_workers"] for line in Journal(settings.sink).metrics() if line["kind"] == "steps"]
+    assert (workers[0], workers[-1]) == (1, 2)
+    assert losses(settings.sink) == pytest.approx(losses(alone.sink), rel=1e-3)
 
 
 @pytest.mark.slow
@@ -282,10 +319,15 @@ def test_two_workers_pack_train_label_and_evaluate_from_and_to_object_storage(s3
         parallel=Parallel(workers="2", num_threads=1),
     )
     assert f"wrote {root}/model/checkpoint.safetensors" in run(settings)
-    assert model.load(f"{root}/model/checkpoint.safetensors").preprocessing.resize == 160
-    label(Label(source=f"{root}/fields/images", sink=f"{root}/labels", model=f"{root}/model/checkpoint.safetensors"))
+    journal, trained = Journal(settings.sink), model.load(f"{root}/model/checkpoint.safetensors")
+    steps = [line for line in journal.metrics() if line["kind"] == "steps"]
+    assert {line["num_workers"] for line in steps} == {2}
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert trained.preprocessing.resize == 160
+    label(Label(source=f"{root}/shards/val", sink=f"{root}/labels", model=f"{root}/model/checkpoint.safetensors"))
     evaluation = evaluate(Evaluate(sink=f"{root}/labels", targets=f"{root}/fields/targets"))
-    assert evaluation.num_images == 16
+    seen = json.loads(journal.read(f"validation/epoch-{trained.origin['metrics']['epoch']:04d}.json") or b"")
+    assert evaluation.confusion_matrix.counts.tolist() == seen["confusion"], "labelling is what was validated"
 
 
 @pytest.mark.slow
