@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
@@ -20,7 +21,10 @@ from segray.errors import SettingsError
 from segray.learn import Learner
 from segray.loss import Loss
 from segray.model import Checkpoint, Preprocessing
+from segray.predict import Prediction, Predictor
 from segray.schedule import Optimization, rate
+from segray.statistics import ConfusionMatrix
+from tests.conftest import CAMVID_CLASSES
 from tests.s3 import free_port
 
 CLASSES = Classes(("sky", "road", "tree"))
@@ -215,6 +219,61 @@ def test_compiled_it_learns_the_same() -> None:
 def test_settings_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(SettingsError, match="float16"):
         learner(dtype="float16", strategy="fsdp")
+
+
+def magnified(path: Path, pixels: int) -> np.ndarray:
+    """An image or target of CamVid reduced to 12×8 cells, each of so many pixels a side."""
+    with Image.open(path) as image:
+        cells = np.asarray(image.resize((12, 8), Image.Resampling.NEAREST if image.mode == "L" else None))
+    return cells.repeat(pixels, 0).repeat(pixels, 1)
+
+
+def by_heart(name: str, *, slowly: bool = True, pixels: int = 8, learning_rate: float = 3e-3) -> Any:
+    """Cells of 16 pixels are for models that decide for 8 at once, whose logits are not drawn out from centres."""
+    return pytest.param(name, pixels, learning_rate, marks=[pytest.mark.slow] if slowly else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "learning_rate"),
+    [
+        by_heart("unet_resnet18", slowly=False),
+        by_heart("unetplusplus_resnet18"),
+        by_heart("manet_resnet18"),
+        by_heart("linknet_resnet18", learning_rate=5e-3),
+        by_heart("fpn_resnet18", pixels=16),
+        by_heart("pspnet_resnet18", pixels=16),
+        by_heart("pan_resnet18", pixels=16),
+        by_heart("deeplabv3_resnet18", pixels=16),
+        by_heart("deeplabv3plus_resnet18", pixels=16),
+        by_heart("upernet_resnet18", pixels=16),
+        by_heart("segformer_mit_b0", pixels=16),
+        by_heart("dpt_tu-vit_tiny_patch16_224", pixels=16),
+        by_heart("fcn_resnet50"),
+        by_heart("deeplabv3_resnet50"),
+        by_heart("lraspp_mobilenet_v3_large", learning_rate=5e-3),
+    ],
+)
+def test_each_architecture_learns_eight_street_scenes_by_heart(
+    name: str, pixels: int, learning_rate: float, camvid: Path
+) -> None:
+    paths = sorted((camvid / "train").glob("*.png"))[::46]
+    images = [magnified(path, pixels) for path in paths]
+    targets = [magnified(path.parents[1] / "trainannot" / path.name, pixels) for path in paths]
+    num_classes = len(CAMVID_CLASSES)
+    settings = Optimization(learning_rate=learning_rate, weight_decay=0.0, clip=1.0)
+    checkpoint = model.untrained(name, CAMVID_CLASSES)
+    ours = Learner(checkpoint, settings, Loss.parse("ce+dice", CAMVID_CLASSES), 600)
+    whole = torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(targets)).long()
+    confusion = ConfusionMatrix.zeros(num_classes)
+    while confusion.miou() < 0.95 and ours.num_steps_done < 600:
+        for _ in range(20):
+            ours.step(*whole)
+        confusion = ConfusionMatrix.zeros(num_classes)
+        for target, prediction in zip(targets, Predictor(ours.checkpoint().to_bytes).predict(images), strict=True):
+            assert isinstance(prediction, Prediction)
+            confusion += ConfusionMatrix.of(target, prediction.label_map, num_classes, CAMVID_CLASSES.ignore_index)
+    assert len(images) == 8
+    assert confusion.miou() > 0.95
 
 
 LOSSES = {"ddp": "ce+0.5*dice", "fsdp": "ohem+lovasz"}

@@ -44,7 +44,7 @@ class Training:
     """Of its forward and backward passes."""
     num_threads: int = 1
     """Of the model, on a CPU."""
-    num_images: int = 320
+    num_images: int = 160
     """That the job trains on, in two epochs."""
 
 
