@@ -1,11 +1,13 @@
-"""Window and Tiling: how an image that is too large for the model is cut."""
+"""Window, Tiling, Scenes: how what is too large for the model, or for the memory, is cut."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from segray.errors import SettingsError
 
-__all__ = ["Tiling", "Window", "windows"]
+__all__ = ["Scenes", "Tiling", "Window", "cores", "windows"]
+
+_GRID = 64  # a multiple of the stride of every encoder, so that windows see the pixels that the whole scene would
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,40 @@ class Tiling:
         return self.size - self.overlap
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenes:
+    """How georeferenced rasters are cut, each window with its surroundings, so that windows are independent.
+
+    Raises:
+        SettingsError: a value is out of its bounds.
+    """
+
+    size: int | None = None
+    """Take SOURCE for scenes (GeoTIFF, COG, JPEG 2000, VRT, STAC items), labelled in windows of so many pixels a side;
+    1024 is usual. None: for images."""
+
+    halo: int = 128
+    """Pixels around a window that the model sees too, and that are not kept."""
+
+    area: str | None = None
+    """A GeoJSON file in longitude and latitude; what lies outside of it is neither read nor labelled."""
+
+    def __post_init__(self) -> None:
+        if self.size is not None and (self.size < _GRID or self.size % _GRID):
+            raise SettingsError(f"scenes.size {self.size}: must be a positive multiple of {_GRID} pixels")
+        if self.halo < 0 or self.halo % _GRID:
+            raise SettingsError(f"scenes.halo {self.halo}: must be 0 or a multiple of {_GRID} pixels")
+        if self.size is None and self != Scenes():
+            raise SettingsError("scenes.halo and scenes.area are of scenes; give scenes.size, such as 1024")
+
+    def around(self, core: Window, height: int, width: int) -> Window:
+        """What is read for a window of a scene of so many pixels: the window and its halo, up to the scene's border."""
+        left, top = max(core.col_off - self.halo, 0), max(core.row_off - self.halo, 0)
+        right = min(core.col_off + core.width + self.halo, width)
+        bottom = min(core.row_off + core.height + self.halo, height)
+        return Window(left, top, right - left, bottom - top)
+
+
 def _offsets(length: int, tiling: Tiling) -> list[int]:
     if length <= tiling.size:
         return [0]
@@ -83,4 +119,13 @@ def windows(height: int, width: int, tiling: Tiling) -> list[Window]:
         Window(col_off, row_off, tile_width, tile_height)
         for row_off in _offsets(height, tiling)
         for col_off in _offsets(width, tiling)
+    ]
+
+
+def cores(height: int, width: int, size: int) -> list[Window]:
+    """The windows of a scene, row by row: a grid without overlap, shorter at the right and at the bottom."""
+    return [
+        Window(left, top, min(size, width - left), min(size, height - top))
+        for top in range(0, height, size)
+        for left in range(0, width, size)
     ]
