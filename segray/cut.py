@@ -10,21 +10,21 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 from affine import Affine
-from jaxtyping import Bool
+from jaxtyping import Bool, Float64, UInt
 from rasterio.features import geometry_mask
 from rasterio.warp import transform_geom
 
 from segray.errors import Reject, SettingsError
 from segray.scene import Scene, describe, read
-from segray.source import ENTRIES, image_id
+from segray.source import ENTRIES, image_id, look_up
 from segray.tile import Scenes, Window, cores
 
-__all__ = ["WINDOWS", "Area", "read_windows", "windows_of"]
+__all__ = ["WINDOWS", "Area", "areas_by_class", "read_windows", "windows_of"]
 
 WINDOWS = pa.schema(
     [
         *ENTRIES,
-        pa.field("scene", pa.binary()),
+        pa.field("pickled", pa.binary()),
         *(pa.field(name, pa.int32()) for name in ("col_off", "row_off", "width", "height")),
         pa.field("stage", pa.string()),
         pa.field("reason", pa.string()),
@@ -91,16 +91,18 @@ def windows_of(
     Returns:
         A table with the schema `WINDOWS`.
     """
-    uri, version = entry["uri"], entry["version"]
+    uri, version = entry["uri"], look_up(entry)
     assert scenes.size is not None
     try:
+        if isinstance(version, Reject):
+            raise version
         scene = describe(uri, version)
         try:
             scene = scene.select(match([band.name for band in scene.bands]))
         except SettingsError as error:
             raise Reject("decode", "other bands", str(error)) from error
     except Reject as reject:
-        row = {"uri": uri, "version": version, "stage": reject.stage, "reason": reject.reason}
+        row = {"uri": uri, "version": entry["version"], "stage": reject.stage, "reason": reject.reason}
         return pa.Table.from_pylist([row], WINDOWS)
     wanted = cores(scene.height, scene.width, scenes.size)
     if area is not None:
@@ -111,7 +113,7 @@ def windows_of(
         {
             "uri": f"{scene.uri}#{core.col_off},{core.row_off},{core.width},{core.height}",
             "version": scene.version,
-            "scene": pickled,
+            "pickled": pickled,
             "col_off": core.col_off,
             "row_off": core.row_off,
             "width": core.width,
@@ -154,9 +156,9 @@ _RASTERS = pa.schema(
         *(pa.field(name, pa.int32()) for name in ("core_width", "core_height")),
         pa.field("values", pa.large_binary()),
         pa.field("valid", pa.large_binary()),
-        pa.field("row_areas", pa.list_(pa.float64())),
         pa.field("stage", pa.string()),
         pa.field("reason", pa.string()),
+        pa.field("pickled", pa.binary()),
         pa.field("scene", pa.string()),
         *(pa.field(name, pa.int32()) for name in ("col_off", "row_off")),
         pa.field("crs", pa.string()),
@@ -174,7 +176,7 @@ def _read_row(row: Mapping[str, Any], scenes: Scenes, area: Area | None) -> dict
     }
     if row["reason"] is not None:
         return told
-    scene: Scene = pickle.loads(row["scene"])
+    scene: Scene = pickle.loads(row["pickled"])
     core = Window(*(row[name] for name in ("col_off", "row_off", "width", "height")))
     window = scenes.around(core, scene.height, scene.width)
     try:
@@ -193,7 +195,7 @@ def _read_row(row: Mapping[str, Any], scenes: Scenes, area: Area | None) -> dict
         "core_height": core.height,
         "values": values.tobytes(),
         "valid": valid.tobytes(),
-        "row_areas": scene.pixel_areas(core)[:, 0],
+        "pickled": row["pickled"],
         "scene": scene.uri,
         "col_off": core.col_off,
         "row_off": core.row_off,
@@ -201,3 +203,13 @@ def _read_row(row: Mapping[str, Any], scenes: Scenes, area: Area | None) -> dict
         **{f"transform_{letter}": value for letter, value in zip("abcdef", transform, strict=True)},
         **dict(zip(("west", "south", "east", "north"), bounds, strict=True)),
     }
+
+
+def areas_by_class(label_map: UInt[np.ndarray, "height width"], row: Mapping[str, Any], num_classes: int) -> Float64[np.ndarray, " num_classes"]:
+    """Square metres of each class in a window, of which `row` holds the scene (pickled) and the offsets."""
+    height, width = label_map.shape
+    scene: Scene = pickle.loads(row["pickled"])
+    areas = scene.pixel_areas(Window(row["col_off"], row["row_off"], width, height))
+    # Whoever holds no data has the id of void, which lies beyond the classes.
+    sums: np.ndarray = np.bincount(np.minimum(label_map, num_classes).ravel(), areas.ravel(), num_classes + 1)
+    return sums[:num_classes]

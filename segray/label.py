@@ -33,7 +33,7 @@ from segray.decode import MAX_PIXELS, decode
 from segray.errors import Reject, RunError, SettingsError, SinkError, SourceError
 from segray.labelmap import dtype_for, encode_png
 from segray.progress import Fetched, Ledger, Snapshot, Totals, is_json, note, print_table, say, say_as, watch
-from segray.tile import Tiling
+from segray.tile import Scenes, Tiling
 
 __all__ = ["Label", "Placement", "label", "place"]
 
@@ -41,6 +41,7 @@ __all__ = ["Label", "Placement", "label", "place"]
 
 _LABELLING = 1  # to be raised with any change of code that changes label maps: it begins new recipes
 _IMAGES_PER_BLOCK = 32
+_WINDOWS_PER_BLOCK = 4
 _MAX_IMAGES_PER_BLOCK = 512
 _NUM_SMALL_BLOCKS = 1000
 _PIXEL_BYTES = 64 * 2**20
@@ -108,6 +109,9 @@ class Label:
 
     tiling: Tiling = field(default_factory=Tiling)
     """How large images are cut."""
+
+    scenes: Scenes = field(default_factory=Scenes)
+    """Scenes in place of images."""
 
     crf: bool = False
     """Refine what the model says with DeepLab's CRF; a tiled image is refined whole, in 4 times its logits' memory."""
@@ -197,7 +201,7 @@ def label(job: Label) -> None:
     from segray.sink import PartSink, Sink
     from segray.source import Source
 
-    source = Source(job.source, job.column)
+    source = Source(job.source, job.column, of_scenes=job.scenes.size is not None)
     if next(source.entries(), None) is None:
         raise SourceError(
             f"{source.uri} holds no images and no shards"
@@ -224,7 +228,8 @@ def label(job: Label) -> None:
         placement = _placed(job, ray)
         parts = sink.parts()  # before what is done: what a dying run commits in between is then seen at the end
         done = sink.done(with_rejects=not job.retry_rejects)
-        index = _index(source, sink, done)
+        pages = _pages(job, source, sink, done, checkpoint, recipe["recipe"])
+        index = _index(pages, source, None if job.scenes.size is None else _WINDOWS_PER_BLOCK)
         sink.start(recipe)
         ledger = _start_ledger(ray, run.run_id, job.max_images, run.deadline)
         metrics.add_images("present", run.run_id, index.num_present)
@@ -308,12 +313,17 @@ def _chain(
     task: dict[str, Any] = {"batch_format": "pyarrow", **where}
     fetch_arguments = {"done": done_ref, "column": job.column, "ledger": ledger, "whole": whole}
     entries: Any = ray.data.from_arrow_refs(blocks)
+    if job.scenes.size is None:
+        decoded = entries.map_batches(_fetch, **task, fn_kwargs=fetch_arguments).map_batches(
+            _decode, **task, fn_kwargs={"max_pixels": job.max_pixels}
+        )
+    else:
+        read_arguments = {"scenes": job.scenes, "area": _area(job), "ledger": ledger}
+        decoded = entries.map_batches(_read, **task, fn_kwargs=read_arguments)
     return (
-        entries.map_batches(_fetch, **task, fn_kwargs=fetch_arguments)
-        .map_batches(_decode, **task, fn_kwargs={"max_pixels": job.max_pixels})
         # map_batches would insist on a number of rows with a GPU. Ours are whole blocks,
         # which Ray bounds in bytes, however large the images are.
-        .map_batches_internal(
+        decoded.map_batches_internal(
             _Predictor,
             batch_format="pyarrow",
             fn_constructor_kwargs={
@@ -529,6 +539,32 @@ def _fetch(
     ray.get(ledger.fetched.remote(first, state))
 
 
+def _read(windows: pa.Table, *, scenes: Scenes, area: Any, ledger: Any) -> Iterator[pa.Table]:
+    """Windows of scenes become rasters."""
+    import ray
+
+    from segray.cut import read_windows
+
+    first, num_seen = windows["uri"][0].as_py(), 0
+    if not ray.get(ledger.begin.remote(first)):
+        return
+    for number, table in enumerate(metrics.staged("fetch", read_windows(windows, scenes, area))):
+        metrics.fetched(pc.sum(pc.binary_length(table["values"])).as_py() or 0)
+        num_granted = ray.get(ledger.grant.remote(first, number, table.num_rows))
+        num_seen += num_granted
+        if num_granted:
+            yield table.slice(0, num_granted)
+        if num_granted < table.num_rows:
+            break
+    ray.get(ledger.fetched.remote(first, Fetched(num_seen=num_seen, num_present=0, is_shard=False)))
+
+
+def _area(job: Label) -> Any:
+    from segray.cut import Area
+
+    return None if job.scenes.area is None else Area.load(job.scenes.area)
+
+
 def _decode(fetched: pa.Table, *, max_pixels: int) -> Iterator[pa.Table]:
     return metrics.staged("decode", _decoded(fetched, max_pixels))
 
@@ -623,7 +659,16 @@ class _Page:
     """Images in them."""
 
 
-def _pages(source: Any, sink: Any, done: np.ndarray) -> Iterator[_Page]:
+def _pages(
+    job: Label, source: Any, sink: Any, done: np.ndarray, checkpoint: Any, recipe_id: str
+) -> Iterator[_Page]:
+    """What is there and what of it is done, some thousand entries at a time."""
+    if job.scenes.size is None:
+        return _image_pages(source, sink, done)
+    return _scene_pages(job, source, sink, done, checkpoint, recipe_id)
+
+
+def _image_pages(source: Any, sink: Any, done: np.ndarray) -> Iterator[_Page]:
     """What is there and what of it is done, some thousand entries at a time."""
     from segray.source import image_id, is_shard, known, shard_id
 
@@ -675,15 +720,51 @@ class _Index:
         return self.num_loose + self.num_shards * _IMAGES_PER_SHARD
 
 
-def _index(source: Any, sink: Any, done: np.ndarray) -> _Index:
+def _scene_pages(
+    job: Label, source: Any, sink: Any, done: np.ndarray, checkpoint: Any, recipe_id: str
+) -> Iterator[_Page]:
+    """Likewise of scenes, whose windows are loose images; what those are is noted in the sink, as it is of shards."""
+    from segray.cut import WINDOWS, windows_of
+    from segray.preprocessing import match_bands
+    from segray.source import image_id, known, shard_id
+
+    noted = sink.shards() if len(done) else set()
+    area, match = _area(job), functools.partial(match_bands, checkpoint.preprocessing)
+
+    def look_at(entry: Mapping[str, Any]) -> tuple[pa.Table, int, bool]:
+        """The windows that are to be read, how many are done, and whether that is known without a look at the scene."""
+        name = shard_id(entry["uri"], entry["version"] or "", recipe_id)
+        if name in noted and (number := sink.num_done(name, done)) is not None:
+            return WINDOWS.empty_table(), number, True
+        found = windows_of(entry, job.scenes, area, match)
+        versioned = zip(found["uri"].to_pylist(), found["version"].to_pylist(), strict=True)
+        ids = [image_id(uri, version or "") for uri, version in versioned]
+        if entry["version"] is not None and not job.dry_run:
+            sink.write_shard(name, ids)
+        present = known(np.array(ids, "S32"), done)
+        return found.filter(pa.array(~present)), int(present.sum()), False
+
+    with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
+        for table in source.entries():
+            found = list(pool.map(look_at, table.to_pylist()))
+            yield _Page(
+                loose=pa.concat_tables(windows for windows, _, _ in found),
+                shards=table.slice(0, 0),
+                num_present=sum(number for _, number, _ in found),
+                num_shards_done=sum(is_known for _, _, is_known in found),
+                num_in_shards_done=sum(number for _, number, is_known in found if is_known),
+            )
+
+
+def _index(pages: Iterator[_Page], source: Any, block_size: int | None) -> _Index:
     import ray
 
     blocks: list[Any] = []
     num_loose = num_shards = num_present = 0
     is_unversioned = False
-    for page in _pages(source, sink, done):
+    for page in pages:
         # Few at first, that all may begin; then more, that millions of images are some thousand blocks.
-        size = max(_IMAGES_PER_BLOCK, min(_MAX_IMAGES_PER_BLOCK, num_loose // _NUM_SMALL_BLOCKS))
+        size = block_size or max(_IMAGES_PER_BLOCK, min(_MAX_IMAGES_PER_BLOCK, num_loose // _NUM_SMALL_BLOCKS))
         blocks += [ray.put(page.loose.slice(row, size)) for row in range(0, page.loose.num_rows, size)]
         blocks += [ray.put(page.shards.slice(row, 1)) for row in range(page.shards.num_rows)]
         num_loose += page.loose.num_rows
@@ -812,7 +893,7 @@ def _print_prospect(job: Label, source: Any, checkpoint: Any, sink: Any, recipe:
         records = [record for record in store.runs() if record["recipe"] == recipe and record["images_per_second"]]
         others = [other for other in store.recipe_ids() if other != recipe]
     done = sink.done(with_rejects=not job.retry_rejects, repair=False)
-    pages = list(_pages(source, sink, done))
+    pages = list(_pages(job, source, sink, done, checkpoint, recipe))
     loose, shards = (pa.concat_tables(getattr(page, name) for page in pages) for name in ("loose", "shards"))
     num_loose, num_shards = loose.num_rows, shards.num_rows
     num_shards_done = sum(page.num_shards_done for page in pages)

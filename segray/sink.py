@@ -46,7 +46,7 @@ from segray import metrics
 from segray.classes import Classes
 from segray.errors import SinkError
 from segray.retry import retrying
-from segray.source import filesystem, is_shard, known
+from segray.source import filesystem, is_scene, is_shard, known
 
 __all__ = [
     "LABELLED",
@@ -230,7 +230,7 @@ class Sink:
         """
         columns = ["uri", "version", "run_id"]
         rejects = {part: self._read("rejects", part, columns).to_pylist() for part in self._parts("rejects")}
-        wanted = {row["uri"] for rows in rejects.values() for row in rows if not row["version"] or is_shard(row["uri"])}
+        wanted = {row["uri"] for rows in rejects.values() for row in rows if not row["version"] or is_shard(row["uri"]) or is_scene(row["uri"])}
         if not wanted:
             return
 

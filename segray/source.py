@@ -40,8 +40,10 @@ __all__ = [
     "fetch",
     "filesystem",
     "image_id",
+    "is_scene",
     "is_shard",
     "known",
+    "look_up",
     "num_members",
     "read_images",
     "shard_id",
@@ -66,6 +68,7 @@ FETCHED = pa.schema(
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif")
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _SHARD_SUFFIXES = (*_TAR_SUFFIXES, ".parquet")
+_SCENE_SUFFIXES = (".tif", ".tiff", ".jp2", ".vrt", ".json", ".geojson")
 _MANIFEST_SUFFIXES = (".csv", ".txt")
 _MEMBER = re.compile(r"(?P<shard>.+?\.(?:tar|tar\.gz|tgz|parquet))#(?P<member>.+)", re.DOTALL | re.IGNORECASE)
 _BYTES_NAMES = ("image", "bytes", "image_bytes", "jpg", "jpeg", "png", "webp", "content", "data")
@@ -116,6 +119,11 @@ def is_shard(uri: str) -> bool:
     return uri.lower().endswith(_SHARD_SUFFIXES)
 
 
+def is_scene(uri: str) -> bool:
+    """Whether the URI's ending may be a scene's, which has many windows."""
+    return uri.lower().endswith(_SCENE_SUFFIXES)
+
+
 def known(ids: Shaped[np.ndarray, " n"], done: Shaped[np.ndarray, " m"]) -> Bool[np.ndarray, " n"]:
     """Which of the image_ids are among the sorted `done`; both numpy's `S32`."""
     if not len(done):
@@ -133,12 +141,13 @@ class Source:
         num_other: objects met by the newest `entries` that are neither images nor shards.
     """
 
-    def __init__(self, uri: str, column: str | None = None) -> None:
+    def __init__(self, uri: str, column: str | None = None, *, of_scenes: bool = False) -> None:
         """Looks that something is there.
 
         Args:
             uri: a folder or prefix, a glob, an image, a shard, or a manifest, for any fsspec protocol.
             column: the column of a manifest or shard to read. None: it is found.
+            of_scenes: whether rasters and STAC items are wanted, in place of images and shards.
 
         Raises:
             SourceError: nothing is there, or it cannot be read.
@@ -146,6 +155,8 @@ class Source:
         self.uri = uri
         self.column = column
         self.num_other = 0
+        self._suffixes = _SCENE_SUFFIXES if of_scenes else (*_IMAGE_SUFFIXES, *_SHARD_SUFFIXES)
+        self._may_lack_suffix = not of_scenes
         try:
             self._fs, self._path = filesystem(uri)
             self._is_file = not uri.endswith("/") and self._fs.isfile(self._path)
@@ -192,7 +203,7 @@ class Source:
         name = PurePosixPath(path).name.lower()
         root = self._path.partition("*")[0].rpartition("/")[0] if self._is_glob else self._path
         hidden = any(part.startswith((".", "_")) for part in PurePosixPath(path[len(root) :]).parts)
-        wanted = not hidden and (name.endswith((*_IMAGE_SUFFIXES, *_SHARD_SUFFIXES)) or "." not in name)
+        wanted = not hidden and (name.endswith(self._suffixes) or (self._may_lack_suffix and "." not in name))
         self.num_other += not wanted
         return wanted
 
@@ -235,7 +246,7 @@ class Source:
         """Each with its version where it is a shard that is there: a look at it may spare its being read."""
 
         def version(uri: str) -> str | None:
-            found = _look_up({"uri": uri, "version": None}) if is_shard(uri) else None
+            found = look_up({"uri": uri, "version": None}) if is_shard(uri) else None
             return None if isinstance(found, Reject) else found
 
         remaining = iter(uris)
@@ -506,7 +517,7 @@ def _batches(images: Iterable[tuple[str, str, str, bytes | Reject]]) -> Iterator
 def _fetch_loose(rows: Sequence[dict[str, Any]], done: np.ndarray) -> Iterator[tuple[pa.Table, int]]:
     """Loose images, a batch of requests at a time."""
     with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
-        versions = list(pool.map(_look_up, rows))
+        versions = list(pool.map(look_up, rows))
     num_present = 0
     wanted: list[_Wanted] = []
     for row, version in zip(rows, versions, strict=True):
@@ -540,7 +551,12 @@ def _by_bytes(wanted: Iterable[_Wanted]) -> Iterator[list[_Wanted]]:
         yield some
 
 
-def _look_up(row: dict[str, Any]) -> str | Reject:
+def look_up(row: Mapping[str, Any]) -> str | Reject:
+    """The version of an object of an index, or what is wrong with it; where the index tells it, nothing is asked.
+
+    Raises:
+        RunError: the store cannot be reached.
+    """
     if row["version"] is not None:
         return str(row["version"])
     try:
@@ -619,7 +635,7 @@ def _fetch_shard(
 
     def images() -> Iterator[tuple[str, str, str, bytes | Reject]]:
         nonlocal num_present
-        looked_up = _look_up({"uri": shard, "version": version})
+        looked_up = look_up({"uri": shard, "version": version})
         known_version = "" if isinstance(looked_up, Reject) else looked_up
         pauses, last_sign = iter(PAUSES_SECONDS), time.monotonic()
         while True:
