@@ -1,11 +1,11 @@
-"""Window and Tiling: how an image that is too large for the model is cut."""
+"""Window and Tiling: how an image or a raster that is too large for the model is cut."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from segray.errors import SettingsError
 
-__all__ = ["Tiling", "Window", "windows"]
+__all__ = ["Tiling", "Window", "windows", "windows_into"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,10 @@ class Tiling:
     """
 
     size: int = 1024
-    """Side of a tile in pixels, as the model sees them; larger images are cut into tiles."""
+    """Side of a tile in pixels, as the model sees them; larger images are cut into tiles.
+
+    An ONNX model of a fixed size takes that, and of the overlap as large a part.
+    """
 
     overlap: int = 128
     """Pixels that neighbouring tiles share."""
@@ -83,4 +86,32 @@ def windows(height: int, width: int, tiling: Tiling) -> list[Window]:
         Window(col_off, row_off, tile_width, tile_height)
         for row_off in _offsets(height, tiling)
         for col_off in _offsets(width, tiling)
+    ]
+
+
+def windows_into(core: Window, height: int, width: int, tiling: Tiling) -> list[Window]:
+    """The tiles of a raster that reach into its core, row by row.
+
+    They lie on one grid with the raster's first pixel, and none is moved back to end with the raster: the last ones
+    may reach beyond it. So rasters that overlap have the tiles in common that lie in both, wherever on that grid
+    they begin.
+
+    Args:
+        core: of the raster's pixels those that count.
+        height: of the raster.
+        width: of the raster.
+        tiling: how it is cut. Where one of its sides is no longer than `tiling.size`, tiles are as long as that.
+    """
+
+    def offsets(length: int, first: int, extent: int) -> list[int]:
+        if length <= tiling.size:
+            return [0]
+        needed = range(0, length - tiling.overlap, tiling.stride)  # what follows is seen by the last of them
+        return [offset for offset in needed if offset < first + extent and offset + tiling.size > first]
+
+    tile_height, tile_width = min(height, tiling.size), min(width, tiling.size)
+    return [
+        Window(col_off, row_off, tile_width, tile_height)
+        for row_off in offsets(height, core.row_off, core.height)
+        for col_off in offsets(width, core.col_off, core.width)
     ]

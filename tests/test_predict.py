@@ -56,7 +56,7 @@ def with_module(
 ) -> Predictor:
     """A predictor of three classes whose model is this one."""
     made = copy.copy(_of_three_classes(preprocessing))
-    made._module, made._minimum, made._multiple = module, 1, 1
+    made._module, made._minimum, made._multiple, made._stride = module, 1, 1, 1
     made._tiling, made._batch_size, made._crf = tiling or Tiling(), batch_size, crf
     return made
 
