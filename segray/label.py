@@ -89,13 +89,13 @@ class Label:
     """With --dry-run: what an hour of the cluster costs, to tell the cost."""
 
     model: str
-    """A model's name (deeplabv3_resnet50, unet_resnet34, …), or a segray checkpoint (.safetensors)."""
+    """A model's name (deeplabv3_resnet50, unet_resnet34, …), a segray checkpoint (.safetensors), or an ONNX model."""
 
     weights: str | None = None
     """With a model's name: a state dict (.safetensors or .pth) in place of the published weights."""
 
     classes: str | None = None
-    """With --weights: the names of the classes, as JSON or one a line."""
+    """With --weights: the names of the classes, as JSON or one a line. An ONNX model's own, unless given."""
 
     column: str | None = None
     """Column of URIs in a manifest, or of image bytes in Parquet shards; None: it is found."""
@@ -204,6 +204,7 @@ def label(job: Label) -> None:
             + (f", only {source.num_other} files of other kinds" if source.num_other else "")
         )
     checkpoint = model.load(job.model, job.weights, job.classes)
+    _check(job, checkpoint)
     for notice in model.notices(checkpoint):
         note(notice)
     recipe = _recipe(job, checkpoint)
@@ -276,6 +277,19 @@ def label(job: Label) -> None:
             f"{counts['rejected']} of {attempted} images were rejected, more than --max-rejects {job.max_rejects}; "
             f"all else is committed, and {job.sink}/rejects says why"
         )
+
+
+def _check(job: Label, checkpoint: Any) -> None:
+    """Whether the model goes with what the settings say.
+
+    Raises:
+        SettingsError: it does not.
+    """
+    if checkpoint.preprocessing.bands is not None:
+        bands = ", ".join(checkpoint.preprocessing.bands)
+        raise SettingsError(f"{job.model} sees the bands {bands} of scenes, and SOURCE is read as images of RGB")
+    if checkpoint.architecture == "onnx" and job.dtype != "float32":
+        raise SettingsError(f"--dtype {job.dtype}: what {job.model} computes in stands in its graph; leave it out")
 
 
 def _start_ledger(ray: Any, run_id: str, max_images: int | None, deadline: float | None) -> Any:
@@ -771,12 +785,14 @@ class _Run:
 def _recipe(job: Label, checkpoint: Any) -> dict[str, Any]:
     """What decides a label, and its digest: the recipe's id."""
     from segray.crf import Crf
+    from segray.model import fitted_tiling
 
+    tiling = dataclasses.asdict(fitted_tiling(checkpoint, job.tiling))
     refinement = {"crf": dataclasses.asdict(Crf())} if job.crf else {}
     decisive = {
         "labelling": _LABELLING,
         "model": checkpoint.digest(),
-        "tiling": dataclasses.asdict(job.tiling),
+        "tiling": tiling,
         "dtype": job.dtype,
         **refinement,
     }
@@ -794,7 +810,7 @@ def _recipe(job: Label, checkpoint: Any) -> dict[str, Any]:
         },
         "classes": checkpoint.classes.to_dict(),
         "preprocessing": dataclasses.asdict(checkpoint.preprocessing),
-        "tiling": dataclasses.asdict(job.tiling),
+        "tiling": tiling,
         "dtype": job.dtype,
         **refinement,
         "segray": segray.__version__,

@@ -228,8 +228,8 @@ def start(
         arguments: what else the constructor of a named one is given.
         weights: of a named one: random, with its library's ImageNet weights for the backbone, or the published ones.
         preprocessing: what a model with random weights is fed. None: ImageNet's mean and std. Where it names bands,
-            a named model is fed these with other weights too: those of red, green and blue are the weights' own, and
-            each further band gets the mean of the three.
+            a named model is fed these with other weights too: red, green and blue go through the weights' own, and
+            each further band through the mean of those.
         seed: decides what is random.
 
     Returns:
@@ -279,7 +279,7 @@ def start(
 
 
 def _for_bands(given: Checkpoint, preprocessing: Preprocessing) -> Checkpoint:
-    """Weights of an image's three channels as those of bands, in sum as much."""
+    """Weights of an image's three channels as those of bands: red, green, blue as they were, others by the mean."""
     bands, channels = preprocessing.bands or (), {"R": "red", "G": "green", "B": "blue"}
     own = {channels[channel]: index for index, channel in enumerate(given.preprocessing.channels)}
 
@@ -334,7 +334,7 @@ def stride(module: nn.Module) -> int:
 
 def fitted_tiling(checkpoint: Checkpoint, tiling: Tiling) -> Tiling:
     """The tiling that a model is fed by: for one of a fixed size that size, and the overlap in proportion."""
-    tile_size = checkpoint.arguments.get("tile_size") if checkpoint.architecture == _ONNX else None
+    tile_size = _tile_size(checkpoint)
     if tile_size is None:
         return tiling
     return dataclasses.replace(tiling, size=tile_size, overlap=tiling.overlap * tile_size // tiling.size)
@@ -342,8 +342,14 @@ def fitted_tiling(checkpoint: Checkpoint, tiling: Tiling) -> Tiling:
 
 def window_multiple(checkpoint: Checkpoint, tiling: Tiling) -> int:
     """What the cores and halos of a scene's windows must be multiples of, in pixels, to join without a seam."""
-    fitted = fitted_tiling(checkpoint, tiling)
-    return fitted.stride if checkpoint.arguments.get("tile_size") is not None else stride(build(checkpoint))
+    if _tile_size(checkpoint) is None:
+        return stride(build(checkpoint))
+    return fitted_tiling(checkpoint, tiling).stride
+
+
+def _tile_size(checkpoint: Checkpoint) -> int | None:
+    size: int | None = checkpoint.arguments.get("tile_size") if checkpoint.architecture == _ONNX else None
+    return size
 
 
 def notices(checkpoint: Checkpoint) -> list[str]:

@@ -34,7 +34,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import fsspec
 import numpy as np
@@ -205,13 +205,18 @@ class Graph(nn.Module):
                 f"{name} takes {_shape(self._input.shape)} of {self._input.type}, and is to take "
                 f"(batch, bands, height, width) of {' or '.join(_TYPES)}; export it so"
             )
+        if (gives := self._session.get_outputs()[0].type) not in _TYPES:
+            raise ModelError(
+                f"{name} gives {gives}, and is to give logits or probabilities, {' or '.join(_TYPES)}; "
+                "export it without its last steps"
+            )
 
     @property
     def input_shape(self) -> tuple[int | None, ...]:
         """Batch, bands, height and width that the graph takes. None: any."""
         return tuple(length if isinstance(length, int) else None for length in self._input.shape)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Graph":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self._place.device
         if device != self._device:
@@ -228,7 +233,7 @@ class Graph(nn.Module):
             result = result.clamp(min=torch.finfo(result.dtype).tiny).log()
         return result
 
-    def run(self, images: Float[Tensor, "batch bands height width"]) -> Float[Tensor, "batch channels h w"]:
+    def run(self, images: Float[Tensor, "batch bands height width"]) -> Float[Tensor, "batch ..."]:
         """What the graph gives, as it is, in float32 on the CPU."""
         given = images.to("cpu", _TYPES[self._input.type]).contiguous()
         together = self.input_shape[0] or len(given)
@@ -240,7 +245,7 @@ class Graph(nn.Module):
 
 
 def check(name: str, data: bytes, described: Description) -> int | None:
-    """Opens an ONNX file and runs it once, on zeros.
+    """Opens an ONNX file and runs it once, on noise.
 
     Args:
         name: stands for the file in errors.
@@ -273,7 +278,8 @@ def check(name: str, data: bytes, described: Description) -> int | None:
         )
     side = tile_size or _PROBE_SIDE
     try:
-        given = graph.run(torch.zeros(1, len(channels), side, side))
+        noise = torch.randn(1, len(channels), side, side, generator=torch.Generator().manual_seed(0))
+        given = graph.run(noise)
     except Exception as error:  # of onnxruntime, or a graph that gives no tensor
         raise ModelError(
             f"{name} does not run on {side}×{side} pixels ({_reason(error)}); where it wants another size, "
