@@ -41,13 +41,10 @@ class Tiling:
     """
 
     size: int = 1024
-    """Side of a tile in pixels, as the model sees them; larger images are cut into tiles.
-
-    An ONNX model of a fixed size takes that, and of the overlap as large a part.
-    """
+    """Side of a tile in pixels, as the model sees them; larger images are cut. A model of a fixed size has its own."""
 
     overlap: int = 128
-    """Pixels that neighbouring tiles share."""
+    """Pixels that neighbouring tiles share; of a fixed size as large a part."""
 
     blend: Literal["cosine", "flat"] = "cosine"
     """How overlaps are weighted: falling towards a tile's edge, or all alike."""
