@@ -6,6 +6,8 @@ The modules, in the order in which data meets them:
     source      URI → what is there, and its bytes
     decode      bytes → image, or a reject
     tile        Window, Tiling, windows(height, width)
+    preprocessing  what a model is fed, and which bands of a scene that is
+    onnxgraph   ONNX files → what describes them, and a module
     model       name or checkpoint → module, Classes, preprocessing
     predict     Predictor, the actor class
     crf         probabilities drawn to the edges of an image

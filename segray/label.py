@@ -90,13 +90,13 @@ class Label:
     """With --dry-run: what an hour of the cluster costs, to tell the cost."""
 
     model: str
-    """A model's name (deeplabv3_resnet50, unet_resnet34, …), or a segray checkpoint (.safetensors)."""
+    """A model's name (deeplabv3_resnet50, unet_resnet34, …), a segray checkpoint (.safetensors), or an ONNX model."""
 
     weights: str | None = None
     """With a model's name: a state dict (.safetensors or .pth) in place of the published weights."""
 
     classes: str | None = None
-    """With --weights: the names of the classes, as JSON or one a line."""
+    """With --weights: the names of the classes, as JSON or one a line. An ONNX model's own, unless given."""
 
     column: str | None = None
     """Column of URIs in a manifest, or of image bytes in Parquet shards; None: it is found."""
@@ -208,6 +208,7 @@ def label(job: Label) -> None:
             + (f", only {source.num_other} files of other kinds" if source.num_other else "")
         )
     checkpoint = model.load(job.model, job.weights, job.classes)
+    job = _fitted(job, checkpoint)
     for notice in model.notices(checkpoint):
         note(notice)
     recipe = _recipe(job, checkpoint)
@@ -281,6 +282,37 @@ def label(job: Label) -> None:
             f"{counts['rejected']} of {attempted} images were rejected, more than --max-rejects {job.max_rejects}; "
             f"all else is committed, and {job.sink}/rejects says why"
         )
+
+
+def _fitted(job: Label, checkpoint: Any) -> Label:
+    """The job with its tiles and windows as the model needs them.
+
+    Raises:
+        SettingsError: the model does not go with what the settings say.
+    """
+    from segray.model import fitted_tiling, window_multiple
+
+    if checkpoint.architecture == "onnx" and job.dtype != "float32":
+        raise SettingsError(f"--dtype {job.dtype}: what {job.model} computes in stands in its graph; leave it out")
+    size, halo = job.scenes.size, job.scenes.halo
+    if size is None:
+        if checkpoint.preprocessing.bands is not None:
+            bands = ", ".join(checkpoint.preprocessing.bands)
+            raise SettingsError(f"{job.model} sees the bands {bands} of scenes; give --scenes.size, such as 1024")
+        return dataclasses.replace(job, tiling=fitted_tiling(checkpoint, job.tiling))
+    if job.crf:
+        raise SettingsError("--crf is of images, which it sees whole; leave it out beside --scenes.size")
+    multiple = window_multiple(checkpoint, job.tiling)
+    # Windows and halos on the grid of the model's stride, or of its tiles, see what the whole scene would.
+    size += -size % multiple
+    tiling = fitted_tiling(checkpoint, job.tiling)
+    if tiling == job.tiling:  # the model takes any size: a window is a tile
+        halo += -halo % multiple
+        tiling = dataclasses.replace(tiling, size=size + 2 * halo, overlap=0)
+    else:
+        halo = max(halo, tiling.overlap)
+        halo += -halo % multiple
+    return dataclasses.replace(job, tiling=tiling, scenes=dataclasses.replace(job.scenes, size=size, halo=halo))
 
 
 def _start_ledger(ray: Any, run_id: str, max_images: int | None, deadline: float | None) -> Any:
@@ -853,13 +885,17 @@ def _recipe(job: Label, checkpoint: Any) -> dict[str, Any]:
     """What decides a label, and its digest: the recipe's id."""
     from segray.crf import Crf
 
-    refinement = {"crf": dataclasses.asdict(Crf())} if job.crf else {}
+    tiling = dataclasses.asdict(job.tiling)
+    more: dict[str, Any] = {"crf": dataclasses.asdict(Crf())} if job.crf else {}
+    if job.scenes.size is not None:
+        area = None if job.scenes.area is None else dataclasses.asdict(_area(job))
+        more["scenes"] = {"size": job.scenes.size, "halo": job.scenes.halo, "area": area}
     decisive = {
         "labelling": _LABELLING,
         "model": checkpoint.digest(),
-        "tiling": dataclasses.asdict(job.tiling),
+        "tiling": tiling,
         "dtype": job.dtype,
-        **refinement,
+        **more,
     }
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
     return {
@@ -875,9 +911,9 @@ def _recipe(job: Label, checkpoint: Any) -> dict[str, Any]:
         },
         "classes": checkpoint.classes.to_dict(),
         "preprocessing": dataclasses.asdict(checkpoint.preprocessing),
-        "tiling": dataclasses.asdict(job.tiling),
+        "tiling": tiling,
         "dtype": job.dtype,
-        **refinement,
+        **more,
         "segray": segray.__version__,
     }
 

@@ -1,6 +1,6 @@
 """A model by name or checkpoint: architecture, classes, preprocessing and tensors.
 
-Wherever weights come from (torchvision's published files, a state dict, a segray checkpoint),
+Wherever weights come from (torchvision's published files, a state dict, an ONNX file, a segray checkpoint),
 they become one `Checkpoint`. Its bytes are what a `.safetensors` file holds and what travels to
 the actors, so that there is one way to build a model.
 """
@@ -27,13 +27,18 @@ from torch import Tensor, nn
 from torchvision.models import segmentation
 from torchvision.transforms.v2 import functional as TF
 
+from segray import onnxgraph
 from segray.classes import Classes
 from segray.errors import ModelError, SettingsError
+from segray.preprocessing import Preprocessing
+from segray.tile import Tiling
 
 __all__ = [
     "Checkpoint",
     "Preprocessing",
+    "batch_minimum",
     "build",
+    "fitted_tiling",
     "input_minimum",
     "input_multiple",
     "known_models",
@@ -42,63 +47,16 @@ __all__ = [
     "normalised",
     "notices",
     "start",
+    "stride",
     "untrained",
+    "window_multiple",
 ]
 
 _TORCHVISION = tuple(torchvision.models.list_models(segmentation))
 _SMP = tuple(sorted(smp.MODEL_ARCHITECTURES_MAPPING, key=len, reverse=True))
 _METADATA_KEY = "segray"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Preprocessing:
-    """What happens to an image before the model sees it, in this order.
-
-    Raises:
-        SettingsError: a value is out of its bounds.
-    """
-
-    channels: Literal["RGB", "BGR", "L"] = "RGB"
-    """Which channels, in which order; L is luma (ITU-R 601)."""
-    resize: int | None = None
-    """Length in pixels to which the shorter side is brought (bilinear, antialiased). None: as it is."""
-    range: Literal[1, 255] = 1
-    """What white is: samples lie in [0, range]."""
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Subtracted from each channel; ImageNet's unless told."""
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """Divides each channel after that."""
-
-    def __post_init__(self) -> None:
-        if self.channels not in ("RGB", "BGR", "L"):
-            raise SettingsError(f"preprocessing: channels {self.channels!r} must be 'RGB', 'BGR' or 'L'")
-        num_channels = len(self.channels)
-        if len(self.mean) != num_channels or len(self.std) != num_channels:
-            raise SettingsError(
-                f"preprocessing: {len(self.mean)} means and {len(self.std)} stds for {num_channels} channels"
-            )
-        if min(self.std) <= 0:
-            raise SettingsError(f"preprocessing: std {self.std} must be positive")
-        if self.range not in (1, 255):
-            raise SettingsError(f"preprocessing: range {self.range} must be 1 or 255")
-        if self.resize is not None and self.resize < 1:
-            raise SettingsError(f"preprocessing: resize {self.resize} must be at least 1 pixel, or null")
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """The inverse of `dataclasses.asdict`.
-
-        Raises:
-            SettingsError: a field is unknown or out of its bounds.
-        """
-        names = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - names):
-            raise SettingsError(f"preprocessing: unknown fields {unknown}; there are {sorted(names)}")
-        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise SettingsError(f"preprocessing: a value of the wrong form in {dict(fields)}: {error}") from error
+_ONNX = "onnx"
+_STRIDE = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -106,9 +64,9 @@ class Checkpoint:
     """A model at rest: all that is needed to build and feed it."""
 
     architecture: str
-    """A model of torchvision (`deeplabv3_resnet50`) or an architecture of smp (`unet`)."""
+    """A model of torchvision (`deeplabv3_resnet50`), an architecture of smp (`unet`), or `onnx`."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """What the architecture's constructor is given, e.g. smp's `encoder_name`."""
+    """What the architecture's constructor is given, e.g. smp's `encoder_name`; of ONNX `output` and `tile_size`."""
     classes: Classes
     """What the channels of its logits stand for."""
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
@@ -116,7 +74,7 @@ class Checkpoint:
     origin: Mapping[str, Any] = field(default_factory=dict)
     """Where it came from: data, split, command, metrics. Decides nothing."""
     tensors: Mapping[str, Tensor]
-    """Its state dict, on the CPU."""
+    """Its state dict, on the CPU; of ONNX the file's bytes (uint8) as `graph`."""
 
     def _decisive(self) -> dict[str, Any]:
         return {
@@ -187,8 +145,12 @@ def build(checkpoint: Checkpoint) -> nn.Module:
     """The module with the checkpoint's tensors in float32, in evaluation mode, on the CPU.
 
     Raises:
-        ModelError: the architecture is not known, or the tensors do not fit it.
+        ModelError: the architecture is not known, the tensors do not fit it, or it is ONNX and onnxruntime is not
+            installed.
     """
+    if checkpoint.architecture == _ONNX:
+        graph = checkpoint.tensors["graph"].numpy().tobytes()
+        return onnxgraph.Graph(graph, num_classes=len(checkpoint.classes), **checkpoint.arguments).eval()
     module = _bare_module(checkpoint.architecture, checkpoint.arguments, checkpoint.classes, checkpoint.preprocessing)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
@@ -225,21 +187,28 @@ def logits(
 
 
 def normalised(
-    pixels: UInt8[Tensor, "batch 3 height width"], preprocessing: Preprocessing
+    values: UInt8[Tensor, "batch 3 height width"] | Float[Tensor, "batch bands height width"],
+    preprocessing: Preprocessing,
 ) -> Float[Tensor, "batch channels height width"]:
-    """What a model is fed: its channels of RGB pixels, in its range, less its mean, by its std; float32."""
+    """What a model is fed, in float32: its channels, less its mean, by its std.
+
+    Args:
+        values: for a model of images RGB from 0 to 255, uint8 or float32, or of L one band of such; for one of
+            bands these, in its order.
+        preprocessing: the model's.
+    """
     if preprocessing.channels == "BGR":
-        pixels = pixels.flip(1)
+        values = values.flip(1)
     elif preprocessing.channels == "L":
-        pixels = TF.rgb_to_grayscale(pixels)
-    values = pixels.float()
-    if preprocessing.range == 1:
-        values = values / 255
+        values = TF.rgb_to_grayscale(values)
+    fed = values.to(torch.float32, copy=True)
+    if preprocessing.bands is None and preprocessing.range == 1:
+        fed.div_(255)
     mean, std = (
-        torch.tensor(numbers, device=pixels.device).view(-1, 1, 1)
+        torch.tensor(numbers, dtype=torch.float32, device=values.device).view(-1, 1, 1)
         for numbers in (preprocessing.mean, preprocessing.std)
     )
-    return values.sub_(mean).div_(std)
+    return fed.sub_(mean).div_(std)
 
 
 def start(
@@ -258,7 +227,9 @@ def start(
         classes: what it is to tell apart.
         arguments: what else the constructor of a named one is given.
         weights: of a named one: random, with its library's ImageNet weights for the backbone, or the published ones.
-        preprocessing: what a model with random weights is fed. None: ImageNet's mean and std.
+        preprocessing: what a model with random weights is fed. None: ImageNet's mean and std. Where it names bands,
+            a named model is fed these with other weights too: red, green and blue go through the weights' own, and
+            each further band through the mean of those.
         seed: decides what is random.
 
     Returns:
@@ -269,11 +240,13 @@ def start(
         ModelError: the name is not known, the weights cannot be had, or the arguments do not fit.
         SettingsError: arguments or weights are given beside a checkpoint.
     """
-    is_ours = name.endswith(".safetensors")
+    is_ours = name.endswith((".safetensors", ".onnx"))
     if is_ours:
         if arguments or weights != "random":
             raise SettingsError(f"--arguments and --weights go with a model's name; {name} brings its own")
         given = load(name)
+        if given.architecture == _ONNX:
+            raise ModelError(f"{name} is an ONNX model, which cannot be trained; give the model that it was made from")
         arguments, preprocessing = given.arguments, given.preprocessing
         fresh = _fresh(given.architecture, arguments, classes, preprocessing, seed)
     else:
@@ -287,6 +260,8 @@ def start(
                 "--weights random none"
             )
         given = load(name) if weights == "published" else _on_imagenet(architecture, merged)
+        if preprocessing is not None and preprocessing.bands is not None:
+            given = _for_bands(given, preprocessing)
         fresh = _fresh(architecture, merged, classes, given.preprocessing, seed)
     fitting = {tensor_name: tensor for tensor_name, tensor in given.tensors.items() if tensor_name in fresh.tensors}
     if given.classes.names != classes.names:
@@ -303,6 +278,24 @@ def start(
     return begun, sorted(fresh.tensors.keys() - fitting.keys())
 
 
+def _for_bands(given: Checkpoint, preprocessing: Preprocessing) -> Checkpoint:
+    """Weights of an image's three channels as those of bands: red, green, blue as they were, others by the mean."""
+    bands, channels = preprocessing.bands or (), {"R": "red", "G": "green", "B": "blue"}
+    own = {channels[channel]: index for index, channel in enumerate(given.preprocessing.channels)}
+
+    def widened(weight: Tensor) -> Tensor:
+        mean = weight.mean(1)
+        columns = [weight[:, own[name.casefold()]] if name.casefold() in own else mean for name in bands]
+        return torch.stack(columns, dim=1) * (len(own) / len(bands))
+
+    bare = _bare_module(given.architecture, given.arguments, given.classes, preprocessing).state_dict()
+    tensors = {
+        name: widened(tensor) if tensor.ndim == 4 and bare[name].shape[1] != tensor.shape[1] else tensor
+        for name, tensor in given.tensors.items()
+    }
+    return dataclasses.replace(given, preprocessing=preprocessing, tensors=tensors)
+
+
 def input_multiple(module: nn.Module) -> int:
     """What the height and width of its input must be multiples of."""
     if not getattr(module, "requires_divisible_input_shape", False):
@@ -314,10 +307,49 @@ def input_multiple(module: nn.Module) -> int:
 
 def input_minimum(module: nn.Module) -> int:
     """What the height and width of its input must at least be."""
+    if isinstance(module, onnxgraph.Graph):
+        return module.tile_size or 1
     if isinstance(module, smp.PAN):
         return 128  # it halves the deepest features, of stride 16, three times more
     encoder: Any = getattr(module, "encoder", None)
     return int(encoder.output_stride) if encoder is not None else 1
+
+
+def batch_minimum(module: nn.Module) -> int:
+    """How many images must share a forward pass on a CPU, that no label map depends on how many do.
+
+    For one image alone torch takes other kernels than for two or more, which round otherwise.
+    """
+    return 1 if isinstance(module, onnxgraph.Graph) else 2
+
+
+def stride(module: nn.Module) -> int:
+    """What two images' offsets must differ by a multiple of, for the model to see their common pixels alike."""
+    if isinstance(module, onnxgraph.Graph) and module.tile_size is not None:
+        return 1  # it depends on the tiling alone
+    encoder: Any = getattr(module, "encoder", None)
+    # torchvision's strides are 8 and 16.
+    return _STRIDE if encoder is None else max(int(encoder.output_stride), input_multiple(module))
+
+
+def fitted_tiling(checkpoint: Checkpoint, tiling: Tiling) -> Tiling:
+    """The tiling that a model is fed by: for one of a fixed size that size, and the overlap in proportion."""
+    tile_size = _tile_size(checkpoint)
+    if tile_size is None:
+        return tiling
+    return dataclasses.replace(tiling, size=tile_size, overlap=tiling.overlap * tile_size // tiling.size)
+
+
+def window_multiple(checkpoint: Checkpoint, tiling: Tiling) -> int:
+    """What the cores and halos of a scene's windows must be multiples of, in pixels, to join without a seam."""
+    if _tile_size(checkpoint) is None:
+        return stride(build(checkpoint))
+    return fitted_tiling(checkpoint, tiling).stride
+
+
+def _tile_size(checkpoint: Checkpoint) -> int | None:
+    size: int | None = checkpoint.arguments.get("tile_size") if checkpoint.architecture == _ONNX else None
+    return size
 
 
 def notices(checkpoint: Checkpoint) -> list[str]:
@@ -341,17 +373,22 @@ def load(model: str, weights: str | None = None, classes: str | None = None) -> 
     """Reads a model's weights, once, on the driver.
 
     Args:
-        model: the path or URI of a segray checkpoint (`.safetensors`), or a model's name.
+        model: the path or URI of a segray checkpoint (`.safetensors`) or of an ONNX file (`.onnx`) that has its
+            description beside it (see `onnxgraph`), or a model's name.
         weights: with a name: a state dict, `.safetensors` or `.pth` (a plain one, or under
             the key `model` or `state_dict`). None: the published weights of the name's library.
         classes: with `weights`: a classes file (see `Classes.read`); its JSON may also hold
-            `preprocessing`, with the fields of `Preprocessing`.
+            `preprocessing`, with the fields of `Preprocessing`. With an ONNX file: in place of its own classes.
 
     Raises:
         ModelError: the name is not known, the weights cannot be had, or they do not fit.
         SettingsError: `weights` and `classes` do not go with `model`.
     """
-    if model.endswith((".safetensors", ".pth", ".pt", ".onnx")):
+    if model.endswith(".onnx"):
+        if weights:
+            raise SettingsError(f"--weights goes with an architecture's name, not with the file {model}")
+        return _of_onnx(model, classes)
+    if model.endswith((".safetensors", ".pth", ".pt")):
         if weights or classes:
             raise SettingsError(f"--weights and --classes go with an architecture's name, not with the file {model}")
         if not model.endswith(".safetensors"):
@@ -379,6 +416,22 @@ def load(model: str, weights: str | None = None, classes: str | None = None) -> 
             )
     build(checkpoint)  # on the driver, so that a misfit is one line before anything starts
     return checkpoint
+
+
+def _of_onnx(model: str, classes: str | None) -> Checkpoint:
+    data = _read(model)
+    described = onnxgraph.describe(model)
+    if classes is not None:
+        described = dataclasses.replace(described, classes=Classes.read(classes))
+    tile_size = onnxgraph.check(model, data, described)
+    return Checkpoint(
+        architecture=_ONNX,
+        arguments={"output": described.output, "tile_size": tile_size},
+        classes=described.classes,
+        preprocessing=described.preprocessing,
+        origin={"weights": model},
+        tensors={"graph": torch.frombuffer(bytearray(data), dtype=torch.uint8)},
+    )
 
 
 def untrained(
@@ -473,7 +526,9 @@ def _parse(name: str) -> tuple[str, dict[str, Any]]:
             return architecture, {"encoder_name": "resnet34"}
         if name.startswith(f"{architecture}_"):
             return architecture, {"encoder_name": name.removeprefix(f"{architecture}_"), **more}
-    raise ModelError(f"there is no model {name!r}; there are {known_models()}, and files ending in .safetensors")
+    raise ModelError(
+        f"there is no model {name!r}; there are {known_models()}, and files ending in .safetensors or .onnx"
+    )
 
 
 def _bare_module(
@@ -490,6 +545,7 @@ def _bare_module(
             module: nn.Module = torchvision.models.get_model(
                 architecture, weights=None, weights_backbone=None, num_classes=len(classes), **arguments
             )
+            _take_channels(module, len(preprocessing.channels))
         else:
             module = smp.create_model(
                 architecture,
@@ -501,6 +557,18 @@ def _bare_module(
     except Exception as error:  # the libraries' constructors raise KeyError, RuntimeError, TypeError, …
         raise ModelError(f"{architecture} {dict(arguments)} cannot be built: {_reason(error)}") from error
     return module
+
+
+def _take_channels(module: nn.Module, num_channels: int) -> None:
+    """Replaces the first convolution, where it is for another number of channels."""
+    name, first = next((name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d))
+    if first.in_channels == num_channels:
+        return
+    # All of them begin a ResNet or a MobileNetV3, and have no bias.
+    form: dict[str, Any] = {form: getattr(first, form) for form in ("kernel_size", "stride", "padding")}
+    other = nn.Conv2d(num_channels, first.out_channels, bias=False, **form)
+    nn.init.kaiming_normal_(other.weight, mode="fan_out", nonlinearity="relu")
+    module.set_submodule(name, other)
 
 
 def _reason(error: Exception) -> str:

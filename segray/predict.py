@@ -1,4 +1,4 @@
-"""Predictor, the actor class: images in, label maps and class counts out. Runs without Ray."""
+"""Predictor, the actor class: images or windows of scenes in, label maps and class counts out. Runs without Ray."""
 
 import time
 from collections import defaultdict
@@ -11,18 +11,18 @@ import pyarrow as pa
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
-from jaxtyping import Float, Float64, Int64, UInt, UInt8
+from jaxtyping import Bool, Float, Float32, Float64, Int64, UInt, UInt8
 from torch import Tensor
 
 from segray import model
 from segray.crf import Crf, refine
-from segray.errors import Reject
+from segray.errors import Reject, SettingsError
 from segray.labelmap import dtype_for
 from segray.model import Checkpoint
 from segray.stitch import stitch, weight
-from segray.tile import Tiling, Window, windows
+from segray.tile import Tiling, Window, windows, windows_into
 
-__all__ = ["CPU_ENVIRONMENT", "DType", "Prediction", "Predictor"]
+__all__ = ["CPU_ENVIRONMENT", "DType", "Prediction", "Predictor", "Raster"]
 
 CPU_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 """Under which a process on a CPU should start that holds a `Predictor`, where its C library is glibc.
@@ -33,26 +33,43 @@ faults take as long as the convolutions do. So it keeps up to 1 GiB of what was 
 
 DType = Literal["float32", "bfloat16", "float16"]
 T = TypeVar("T")
+_Item = TypeVar("_Item", np.ndarray, "Raster")
 
 _FULL_BATCH_SIDE = 640
 _MAX_ASPECT = 64
 _LOGITS_BYTES = 256 * 2**20
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Raster:
+    """A window of a scene: a core, with a halo around it as far as the scene goes."""
+
+    values: Float32[np.ndarray, "bands height width"]
+    """The bands that `match_bands` gives, in its order; for a model of images from 0 to 255."""
+    valid: Bool[np.ndarray, "height width"]
+    """Where there are data."""
+    core: Window
+    """Of these pixels those that are labelled."""
+    areas: Float64[np.ndarray, "..."] | None = None
+    """Area of each pixel of the core, in any unit; of a shape that can be broadcast to the core's."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Prediction:
-    """What the model sees in one image."""
+    """What the model sees in one image, or in the core of a raster."""
 
     label_map: UInt[np.ndarray, "height width"]
-    """The class of each pixel, uint8 (uint16 beyond 256 classes)."""
+    """The class of each pixel, uint8 (uint16 beyond 256 classes); `ignore_index` where there are no data."""
     num_pixels: Int64[np.ndarray, " num_classes"]
     """Pixels of each class."""
     confidence_sum: Float64[np.ndarray, " num_classes"]
     """Sum over each class's pixels of the probability that the model gave it."""
+    area_sum: Float64[np.ndarray, " num_classes"] | None = None
+    """Sum over each class's pixels of their areas. None: these were not given."""
 
 
 class Predictor:
-    """Holds a model in memory and labels batches of images with it.
+    """Holds a model in memory and labels batches of images, or of windows of scenes, with it.
 
     Images of any sizes may come together: those of one size share a batch, and those beyond
     `tiling.size` are cut into tiles, which are batched, blended and stitched. A CRF comes after that, and
@@ -82,17 +99,21 @@ class Predictor:
             batch_size: images, or tiles, of up to 640×640 pixels that share a forward pass;
                 larger ones in proportion fewer.
             device: torch's name of a device.
-            dtype: what the forward pass computes in; logits are float32 from there on.
+            dtype: what the forward pass computes in; logits are float32 from there on. An ONNX model's graph says
+                that itself.
             num_threads: threads of the forward pass on a CPU. None: torch's default.
             beat: is called after each forward pass with the number of images, or tiles, in it.
             refined: is called after each image that the CRF refined, with the seconds that it took.
+
+        Raises:
+            ModelError: the model cannot be built, or not on this device.
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         checkpoint = Checkpoint.from_bytes(read_checkpoint())
         self._classes = checkpoint.classes
         self._preprocessing = checkpoint.preprocessing
-        self._tiling = tiling or Tiling()
+        self._tiling = model.fitted_tiling(checkpoint, tiling or Tiling())
         self._crf = crf
         self._batch_size = batch_size
         self._device = torch.device(device)
@@ -105,31 +126,37 @@ class Predictor:
         module = model.build(checkpoint)
         self._multiple = model.input_multiple(module)
         self._minimum = model.input_minimum(module)
+        self._stride = model.stride(module)
+        self._batch_minimum = model.batch_minimum(module) if self._device.type == "cpu" else 1
         self._module = module.to(memory_format=self._memory_format).to(self._device)
         self._beat = beat
         self._tell_refined = refined
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Labels the decoded images of a batch; its other rows (rejects) pass through.
+        """Labels the decoded images, or the rasters, of a batch; its other rows (rejects) pass through.
 
         Args:
-            batch: columns `pixels` (binary, HWC uint8 RGB), `height`, `width`, `stage`, `reason`
-                (null unless it is a reject), and any others.
+            batch: columns `height`, `width`, `stage`, `reason` (null unless it is a reject), any others, and of images
+                `pixels` (binary, HWC uint8 RGB); of rasters `values` (binary, CHW float32), `valid` (binary, HW
+                bool), `core_col_off`, `core_row_off`, `core_width`, `core_height`, and `row_areas` (list of float64:
+                the area of a pixel in each row of the core, or one for all; null: not known).
 
         Returns:
-            The other columns, in their order, with `pixels` replaced by `label_map` (binary, the
-            raw array), `num_pixels` and `confidence_sum` (lists, one value a class); `stage` and
-            `reason` are set in rows that were rejected here.
+            The other columns, in their order, with these replaced by `label_map` (binary, the
+            raw array), `num_pixels` and `confidence_sum` (lists, one value a class), of rasters also
+            `area_sum` (likewise; null without areas); `stage` and `reason` are set in rows that were
+            rejected here. Of rasters `height` and `width` are then the core's.
         """
         stages, reasons = batch["stage"].to_pylist(), batch["reason"].to_pylist()
-        heights, widths = batch["height"].to_pylist(), batch["width"].to_pylist()
         wanted = [row for row, reason in enumerate(reasons) if reason is None]
-        images = [
-            np.frombuffer(batch["pixels"][row].as_buffer(), np.uint8).reshape(heights[row], widths[row], 3)
-            for row in wanted
-        ]
+        of_scenes = "values" in batch.column_names
+        found = (
+            self.predict_windows([_raster(batch, row) for row in wanted])
+            if of_scenes
+            else self.predict([_image(batch, row) for row in wanted])
+        )
         results: list[Prediction | Reject | None] = [None] * len(reasons)
-        for row, result in zip(wanted, self.predict(images), strict=True):
+        for row, result in zip(wanted, found, strict=True):
             results[row] = result
 
         predictions = [result if isinstance(result, Prediction) else None for result in results]
@@ -138,10 +165,20 @@ class Predictor:
             "label_map": pa.array([p and p.label_map.tobytes() for p in predictions], pa.binary()),
             "num_pixels": pa.array([p and p.num_pixels for p in predictions], pa.list_(pa.int64())),
             "confidence_sum": pa.array([p and p.confidence_sum for p in predictions], pa.list_(pa.float64())),
+            **(
+                {"area_sum": pa.array([p and p.area_sum for p in predictions], pa.list_(pa.float64()))}
+                if of_scenes
+                else {}
+            ),
             "stage": pa.array([r.stage if r else s for r, s in zip(rejects, stages, strict=True)], pa.string()),
             "reason": pa.array([r.reason if r else s for r, s in zip(rejects, reasons, strict=True)], pa.string()),
         }
-        kept = batch.drop_columns(["pixels", "stage", "reason"])
+        if of_scenes:
+            read = ["values", "valid", "height", "width", "core_col_off", "core_row_off", "row_areas"]
+            kept = batch.drop_columns([*read, "stage", "reason"])
+            kept = kept.rename_columns([name.removeprefix("core_") for name in kept.column_names])
+        else:
+            kept = batch.drop_columns(["pixels", "stage", "reason"])
         for name, column in columns.items():
             kept = kept.append_column(name, column)
         return kept
@@ -156,7 +193,14 @@ class Predictor:
         Returns:
             In their order, a prediction of each image's own height and width, or the reject of
             one for which the model gave numbers that are not finite, or that is too elongated to resize.
+
+        Raises:
+            SettingsError: the model sees bands of scenes.
         """
+        if self._preprocessing.bands is not None:
+            raise SettingsError(
+                f"the model sees the bands {', '.join(self._preprocessing.bands)} of scenes, and these are images"
+            )
         by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, image in enumerate(images):
             by_shape[image.shape].append(index)
@@ -168,33 +212,114 @@ class Predictor:
                 for index in indices:
                     results[index] = Reject("predict", "too elongated", detail)
                 continue
+            way_out = "lower --tiling.size" + (" or leave out --crf" if self._crf else "")
             for some in _split(indices, self._num_together(*self._input_size(height, width))):
-                predictions = self._predict_alike([images[index] for index in some])
+                predictions = self._predict_alike(self._label_images, [images[index] for index in some], way_out)
+                for index, prediction in zip(some, predictions, strict=True):
+                    results[index] = prediction
+        return [_checked(result) for result in results]
+
+    @torch.inference_mode()
+    def predict_windows(self, rasters: Sequence[Raster]) -> list[Prediction | Reject]:
+        """Labels windows of scenes.
+
+        Put together, the label maps of a scene's cores are that of the scene in one piece, to the last pixel, where
+        the offsets of rasters and cores in the scene are multiples of `model.window_multiple`, and
+
+        - rasters are no larger than `tiling.size`, and their halos at least as wide as the model looks around a
+          pixel (which no model does that pools over all that it sees);
+        - or the model is an ONNX one of a fixed size, and halos are at least as wide as the tiling's overlap.
+
+        Pixels without data are fed to the model as their band's mean. A core of such pixels alone is not fed at all.
+
+        Args:
+            rasters: of any sizes.
+
+        Returns:
+            In their order, a prediction of each raster's core, or the reject of one for which the model gave numbers
+            that are not finite. Pixels without data have `ignore_index`, and count nowhere.
+
+        Raises:
+            SettingsError: the model's `ignore_index` does not fit a label map, its images are resized, or a CRF is
+                to refine them.
+        """
+        dtype, void = dtype_for(len(self._classes)), self._classes.ignore_index
+        if not 0 <= void <= np.iinfo(dtype).max:
+            raise SettingsError(
+                f"classes: ignore_index {void}, of pixels without data, must lie in [0, {np.iinfo(dtype).max}]"
+            )
+        if self._preprocessing.resize is not None or self._crf is not None:
+            raise SettingsError("windows of scenes are neither resized nor refined; leave out --crf")
+        results: list[Prediction | Reject] = [Reject("predict", "not predicted", "")] * len(rasters)
+        by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, raster in enumerate(rasters):
+            if raster.valid[raster.core.rows, raster.core.cols].any():
+                by_shape[raster.values.shape].append(index)
+            else:
+                results[index] = self._without_data(raster)
+        for (_, height, width), indices in by_shape.items():
+            for some in _split(indices, self._num_together(height, width)):
+                alike = [rasters[index] for index in some]
+                predictions = self._predict_alike(self._label_rasters, alike, "take smaller windows")
                 for index, prediction in zip(some, predictions, strict=True):
                     results[index] = prediction
         return [_checked(result) for result in results]
 
     def _predict_alike(
-        self, images: Sequence[UInt8[np.ndarray, "height width 3"]], *, num_tiles: int | None = None
+        self,
+        label: Callable[[Sequence[_Item], int | None], Sequence[Prediction]],
+        items: Sequence[_Item],
+        way_out: str,
+        *,
+        num_tiles: int | None = None,
     ) -> Sequence[Prediction | Reject]:
-        """Images of one size, in one batch; where that fails, in halves, and at last one image and tile at a time."""
-        height, width = images[0].shape[:2]
-        is_tiled = max(self._input_size(height, width)) > self._tiling.size
+        """Items of one size, in one batch; where that fails, in halves, and at last one item and tile at a time.
+
+        Args:
+            label: labels some of them, with so many tiles together (None: as many as fit a batch).
+            items: images or rasters.
+            way_out: of too little memory.
+            num_tiles: is given to `label`.
+        """
         try:
-            own = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-            pixels = self._resized(own)
-            if is_tiled:
-                return [self._predict_tiled(*pair, num_tiles) for pair in zip(own, pixels, strict=True)]
-            return self._label(self._logits(pixels), own)
+            return label(items, num_tiles)
         except torch.AcceleratorError:  # the GPU's state is lost with it
             raise
         except Exception as error:  # a model may raise anything
-            reject = _failed(error, height, width, "lower --tiling.size" + (" or leave out --crf" if self._crf else ""))
+            height, width = _size(items[0])
+            reject = _failed(error, height, width, way_out)
         torch.cuda.empty_cache()  # outside of the handler, whose traceback would hold the batch
-        if len(images) == 1:
-            return self._predict_alike(images, num_tiles=1) if is_tiled and num_tiles is None else [reject]
-        half = len(images) // 2
-        return [*self._predict_alike(images[:half]), *self._predict_alike(images[half:])]
+        if len(items) == 1:
+            is_tiled = self._is_tiled(*self._input_size(height, width))
+            return (
+                self._predict_alike(label, items, way_out, num_tiles=1) if is_tiled and num_tiles is None else [reject]
+            )
+        halves = items[: len(items) // 2], items[len(items) // 2 :]
+        return [result for half in halves for result in self._predict_alike(label, half, way_out)]
+
+    def _label_images(
+        self, images: Sequence[UInt8[np.ndarray, "height width 3"]], num_tiles: int | None
+    ) -> list[Prediction]:
+        own = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        pixels = self._resized(own)
+        if self._is_tiled(*pixels.shape[-2:]):
+            return [self._predict_tiled(*pair, num_tiles) for pair in zip(own, pixels, strict=True)]
+        return self._label(self._logits(model.normalised(pixels, self._preprocessing), self._multiple), own)
+
+    def _label_rasters(self, rasters: Sequence[Raster], num_tiles: int | None) -> list[Prediction]:
+        values = torch.from_numpy(np.stack([raster.values for raster in rasters])).to(self._device)
+        valid = torch.from_numpy(np.stack([raster.valid for raster in rasters])).to(self._device)
+        fed = model.normalised(values, self._preprocessing).masked_fill_(~valid[:, None], 0)
+        if self._is_tiled(*fed.shape[-2:]):
+            return [self._label_raster_tiled(*pair, num_tiles) for pair in zip(rasters, fed, strict=True)]
+        logits = self._logits(fed, self._stride)
+        return [
+            self._label_core(of_raster[:, raster.core.rows, raster.core.cols], raster, 0)
+            for of_raster, raster in zip(logits, rasters, strict=True)
+        ]
+
+    def _is_tiled(self, height: int, width: int) -> bool:
+        return max(height, width) > self._tiling.size
 
     def _input_size(self, height: int, width: int) -> tuple[int, int]:
         resize = self._preprocessing.resize
@@ -215,14 +340,14 @@ class Predictor:
         resized: Tensor = TF.resize(pixels, [self._preprocessing.resize], bilinear, antialias=True)
         return resized
 
-    def _logits(self, pixels: UInt8[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch num_classes h w"]:
-        """Logits in float32, one for each pixel of the model's input."""
-        num_images, (height, width) = len(pixels), pixels.shape[-2:]
-        if num_images == 1 and self._num_together(height, width) > 1 and self._device.type == "cpu":
-            # For one image alone a CPU takes other kernels than for two or more, which round otherwise.
-            pixels = pixels.expand(2, -1, -1, -1)
-        padding = (0, self._padding(width), 0, self._padding(height))
-        values = model.normalised(pixels, self._preprocessing)
+    def _logits(
+        self, values: Float[Tensor, "batch channels h w"], multiple: int
+    ) -> Float[Tensor, "batch num_classes h w"]:
+        """Logits in float32, one for each pixel of the model's input, which is brought to a multiple of a length."""
+        num_images, (height, width) = len(values), values.shape[-2:]
+        if num_images == 1 and self._num_together(height, width) > 1:
+            values = values.expand(self._batch_minimum, -1, -1, -1)
+        padding = (0, self._padding(width, multiple), 0, self._padding(height, multiple))
         if any(padding):
             values = F.pad(values, padding, mode="replicate")
         values = values.contiguous(memory_format=self._memory_format)
@@ -232,9 +357,9 @@ class Predictor:
         logits = logits[:num_images]
         return _resized_to(logits, *values.shape[-2:])[..., :height, :width]
 
-    def _padding(self, length: int) -> int:
+    def _padding(self, length: int, multiple: int) -> int:
         least = max(length, self._minimum)
-        return least + -least % self._multiple - length
+        return least + -least % multiple - length
 
     def _predict_tiled(
         self, image: UInt8[Tensor, "3 height width"], pixels: UInt8[Tensor, "3 h w"], num_together: int | None
@@ -246,20 +371,77 @@ class Predictor:
         def tiles() -> Iterator[tuple[Window, Tensor]]:
             for some in _split(cut, together):
                 batch = torch.stack([pixels[:, window.rows, window.cols] for window in some])
-                yield from zip(some, self._logits(batch), strict=True)
+                fed = model.normalised(batch, self._preprocessing)
+                yield from zip(some, self._logits(fed, self._multiple), strict=True)
+
+        bands = (band[None] for band in self._stitched(tiles(), cut[0], input_width))
+        if self._crf is not None or pixels.shape != image.shape:
+            return self._label(torch.cat(list(bands), dim=2), image[None])[0]
+        return _joined([self._prediction(band, band.shape[2], input_width) for band in bands])
+
+    def _label_raster_tiled(
+        self, raster: Raster, fed: Float[Tensor, "channels height width"], num_together: int | None
+    ) -> Prediction:
+        height, width = fed.shape[-2:]
+        together = num_together or self._num_together(height, width)
+        core, cut = raster.core, windows_into(raster.core, height, width, self._tiling)
+        first, last = cut[0], cut[-1]
+
+        def tile(window: Window) -> Tensor:
+            there = fed[:, window.rows, window.cols]
+            beyond = (0, window.width - there.shape[2], 0, window.height - there.shape[1])
+            return F.pad(there[None], beyond, mode="replicate")[0] if any(beyond) else there
+
+        def tiles() -> Iterator[tuple[Window, Tensor]]:
+            for some in _split(cut, together):
+                batch = torch.stack([tile(window) for window in some])
+                for window, logits in zip(some, self._logits(batch, self._stride), strict=True):
+                    moved = Window(
+                        window.col_off - first.col_off, window.row_off - first.row_off, window.width, window.height
+                    )
+                    yield moved, logits
+
+        labelled = []
+        left = core.col_off - first.col_off
+        row = first.row_off - core.row_off  # of the core
+        for band in self._stitched(tiles(), first, last.col_off + last.width - first.col_off):
+            rows = slice(max(0, -row), min(core.height - row, band.shape[1]))
+            if rows.stop > rows.start:
+                logits = band[:, rows, left : left + core.width]
+                labelled.append(self._label_core(logits, raster, row + rows.start))
+            row += band.shape[1]
+        return _joined(labelled)
+
+    def _stitched(
+        self, tiles: Iterator[tuple[Window, Tensor]], first: Window, width: int
+    ) -> Iterator[Float[Tensor, "num_classes rows width"]]:
+        """What the tiles give together, in bands of finished rows."""
 
         def zeros(shape: tuple[int, ...]) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=self._device)
 
-        weights = torch.from_numpy(weight(cut[0].height, cut[0].width, self._tiling)).to(self._device)
-        bands = (band.float()[None] for band in stitch(tiles(), input_width, weights, zeros))
-        if self._crf is not None or pixels.shape != image.shape:
-            return self._label(torch.cat(list(bands), dim=2), image[None])[0]
-        labelled = [self._prediction(band, band.shape[2], input_width) for band in bands]
+        weights = torch.from_numpy(weight(first.height, first.width, self._tiling)).to(self._device)
+        return (band.float() for band in stitch(tiles, width, weights, zeros))
+
+    def _label_core(
+        self, logits: Float[Tensor, "num_classes rows width"], raster: Raster, first_row: int
+    ) -> Prediction:
+        """The logits of some rows of a raster's core to their label map."""
+        core, num_rows = raster.core, logits.shape[1]
+        rows = slice(first_row, first_row + num_rows)
+        valid = torch.tensor(raster.valid[core.rows, core.cols][rows], device=self._device)
+        areas = None
+        if raster.areas is not None:
+            areas = torch.tensor(np.broadcast_to(raster.areas, (core.height, core.width))[rows], device=self._device)
+        return self._prediction(logits[None], num_rows, core.width, valid, areas)
+
+    def _without_data(self, raster: Raster) -> Prediction:
+        num_classes, shape = len(self._classes), (raster.core.height, raster.core.width)
         return Prediction(
-            label_map=np.concatenate([band.label_map for band in labelled]),
-            num_pixels=np.sum([band.num_pixels for band in labelled], axis=0),
-            confidence_sum=np.sum([band.confidence_sum for band in labelled], axis=0),
+            label_map=np.full(shape, self._classes.ignore_index, dtype_for(num_classes)),
+            num_pixels=np.zeros(num_classes, np.int64),
+            confidence_sum=np.zeros(num_classes),
+            area_sum=None if raster.areas is None else np.zeros(num_classes),
         )
 
     def _label(
@@ -289,16 +471,41 @@ class Predictor:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _prediction(self, logits: Float[Tensor, "1 num_classes h w"], height: int, width: int) -> Prediction:
-        """One image's logits, brought to height × width, to the class of the largest, the first of equals."""
+    def _prediction(
+        self,
+        logits: Float[Tensor, "1 num_classes h w"],
+        height: int,
+        width: int,
+        valid: Bool[Tensor, "height width"] | None = None,
+        areas: Float64[Tensor, "height width"] | None = None,
+    ) -> Prediction:
+        """One image's logits, brought to height × width, to the class of the largest, the first of equals.
+
+        Args:
+            logits: of the image.
+            height: of its label map.
+            width: of its label map.
+            valid: where it has data. None: everywhere.
+            areas: of its pixels.
+        """
         num_classes = len(self._classes)
         label_map, confidence = (of_batch.flatten() for of_batch in self._argmax(logits, height, width))
-        num_pixels = torch.bincount(label_map, minlength=num_classes)
-        confidence_sum = torch.bincount(label_map, weights=confidence.double(), minlength=num_classes)
+        if valid is not None:
+            label_map.masked_fill_(~valid.flatten(), num_classes)  # a class of its own, that is not counted
+
+        def summed(weights: Tensor | None) -> np.ndarray:
+            sums: np.ndarray = torch.bincount(label_map, weights, num_classes + 1)[:num_classes].cpu().numpy()
+            return sums
+
+        num_pixels, confidence_sum = summed(None), summed(confidence.double())
+        area_sum = None if areas is None else summed(areas.flatten())
+        if valid is not None:
+            label_map.masked_fill_(~valid.flatten(), self._classes.ignore_index)
         return Prediction(
             label_map=label_map.view(height, width).cpu().numpy().astype(dtype_for(num_classes)),
-            num_pixels=num_pixels.cpu().numpy(),
-            confidence_sum=confidence_sum.cpu().numpy(),
+            num_pixels=num_pixels,
+            confidence_sum=confidence_sum,
+            area_sum=area_sum,
         )
 
     def _argmax(self, logits: Float[Tensor, "batch num_classes h w"], height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -332,6 +539,41 @@ def _resized_to(
     if logits.shape[-2:] == (height, width):
         return logits
     return F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
+
+
+def _image(batch: pa.Table, row: int) -> UInt8[np.ndarray, "_ _ 3"]:
+    height, width = (batch[name][row].as_py() for name in ("height", "width"))
+    return np.frombuffer(batch["pixels"][row].as_buffer(), np.uint8).reshape(height, width, 3)
+
+
+def _raster(batch: pa.Table, row: int) -> Raster:
+    def of(name: str) -> int:
+        number: int = batch[name][row].as_py()
+        return number
+
+    height, width, areas = of("height"), of("width"), batch["row_areas"][row].as_py()
+    return Raster(
+        values=np.frombuffer(batch["values"][row].as_buffer(), np.float32).reshape(-1, height, width),
+        valid=np.frombuffer(batch["valid"][row].as_buffer(), np.bool_).reshape(height, width),
+        core=Window(of("core_col_off"), of("core_row_off"), of("core_width"), of("core_height")),
+        areas=None if areas is None else np.array(areas, np.float64)[:, None],
+    )
+
+
+def _size(item: np.ndarray | Raster) -> tuple[int, int]:
+    height, width = item.valid.shape if isinstance(item, Raster) else item.shape[:2]
+    return height, width
+
+
+def _joined(parts: Sequence[Prediction]) -> Prediction:
+    """One below the other."""
+    areas = [part.area_sum for part in parts if part.area_sum is not None]
+    return Prediction(
+        label_map=np.concatenate([part.label_map for part in parts]),
+        num_pixels=np.sum([part.num_pixels for part in parts], axis=0),
+        confidence_sum=np.sum([part.confidence_sum for part in parts], axis=0),
+        area_sum=np.sum(areas, axis=0) if areas else None,
+    )
 
 
 def _failed(error: Exception, height: int, width: int, way_out: str) -> Reject:

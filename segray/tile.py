@@ -5,9 +5,7 @@ from typing import Literal
 
 from segray.errors import SettingsError
 
-__all__ = ["Scenes", "Tiling", "Window", "cores", "windows"]
-
-_GRID = 64  # a multiple of the stride of every encoder, so that windows see the pixels that the whole scene would
+__all__ = ["Scenes", "Tiling", "Window", "cores", "windows", "windows_into"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +41,10 @@ class Tiling:
     """
 
     size: int = 1024
-    """Side of a tile in pixels, as the model sees them; larger images are cut into tiles."""
+    """Side of a tile in pixels, as the model sees them; larger images are cut. A model of a fixed size has its own."""
 
     overlap: int = 128
-    """Pixels that neighbouring tiles share."""
+    """Pixels that neighbouring tiles share; of a fixed size as large a part."""
 
     blend: Literal["cosine", "flat"] = "cosine"
     """How overlaps are weighted: falling towards a tile's edge, or all alike."""
@@ -76,20 +74,20 @@ class Scenes:
     """
 
     size: int | None = None
-    """Take SOURCE for scenes (GeoTIFF, COG, JPEG 2000, VRT, STAC items), labelled in windows of so many pixels a side;
-    1024 is usual. None: for images."""
+    """Take SOURCE for scenes (GeoTIFF, COG, JPEG 2000, VRT, STAC items), labelled in windows of so many pixels a side,
+    or as many more as the model's stride asks for; 1024 is usual. None: for images."""
 
     halo: int = 128
-    """Pixels around a window that the model sees too, and that are not kept."""
+    """Pixels around a window that the model sees too, and that are not kept; likewise."""
 
     area: str | None = None
     """A GeoJSON file in longitude and latitude; what lies outside of it is neither read nor labelled."""
 
     def __post_init__(self) -> None:
-        if self.size is not None and (self.size < _GRID or self.size % _GRID):
-            raise SettingsError(f"scenes.size {self.size}: must be a positive multiple of {_GRID} pixels")
-        if self.halo < 0 or self.halo % _GRID:
-            raise SettingsError(f"scenes.halo {self.halo}: must be 0 or a multiple of {_GRID} pixels")
+        if self.size is not None and self.size < 1:
+            raise SettingsError(f"scenes.size {self.size}: must be at least 1 pixel")
+        if self.halo < 0:
+            raise SettingsError(f"scenes.halo {self.halo}: must be at least 0 pixels")
         if self.size is None and self != Scenes():
             raise SettingsError("scenes.halo and scenes.area are of scenes; give scenes.size, such as 1024")
 
@@ -128,4 +126,32 @@ def cores(height: int, width: int, size: int) -> list[Window]:
         Window(left, top, min(size, width - left), min(size, height - top))
         for top in range(0, height, size)
         for left in range(0, width, size)
+    ]
+
+
+def windows_into(core: Window, height: int, width: int, tiling: Tiling) -> list[Window]:
+    """The tiles of a raster that reach into its core, row by row.
+
+    They lie on one grid with the raster's first pixel, and none is moved back to end with the raster: the last ones
+    may reach beyond it. So rasters that overlap have the tiles in common that lie in both, wherever on that grid
+    they begin.
+
+    Args:
+        core: of the raster's pixels those that count.
+        height: of the raster.
+        width: of the raster.
+        tiling: how it is cut. Where one of its sides is no longer than `tiling.size`, tiles are as long as that.
+    """
+
+    def offsets(length: int, first: int, extent: int) -> list[int]:
+        if length <= tiling.size:
+            return [0]
+        needed = range(0, length - tiling.overlap, tiling.stride)  # what follows is seen by the last of them
+        return [offset for offset in needed if offset < first + extent and offset + tiling.size > first]
+
+    tile_height, tile_width = min(height, tiling.size), min(width, tiling.size)
+    return [
+        Window(col_off, row_off, tile_width, tile_height)
+        for row_off in offsets(height, core.row_off, core.height)
+        for col_off in offsets(width, core.col_off, core.width)
     ]

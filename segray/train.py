@@ -164,6 +164,9 @@ def train(job: Train) -> None:
             preprocessing=_preprocessing(to_train.census),
             seed=job.seed,
         )
+        if begin.preprocessing.bands is not None:
+            bands = ", ".join(begin.preprocessing.bands)
+            raise SettingsError(f"{job.model} sees the bands {bands} of scenes, and shards hold images of RGB")
         resized = dataclasses.replace(begin.preprocessing, resize=job.resize or begin.preprocessing.resize)
         begin = dataclasses.replace(begin, preprocessing=resized)
         module = model.build(begin)

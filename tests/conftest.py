@@ -3,8 +3,9 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
@@ -15,7 +16,7 @@ import numpy as np
 # Every array that crosses a function of these modules is checked against its annotation.
 _CHECKED = [
     *("augment", "crf", "datasets", "decode", "demo", "labelmap", "learn", "loss", "pairs", "predict"),
-    *("statistics", "stitch", "tile"),
+    *("onnxgraph", "statistics", "stitch", "tile"),
 ]
 jaxtyping.install_import_hook([f"segray.{module}" for module in _CHECKED], "beartype.beartype")
 
@@ -80,13 +81,14 @@ def random_checkpoint(
     classes: Classes = CAMVID_CLASSES,
     preprocessing: Preprocessing | None = None,
     seed: int = 0,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """A checkpoint of a named architecture with random weights, that sees every class in scenes and in noise.
 
     Batch norms and logits are brought to the statistics of such images: with those of a fresh
     module signals fade on their way through a deep network, and all label maps would be alike.
     """
-    checkpoint = model.untrained(name, classes, preprocessing=preprocessing, seed=seed)
+    checkpoint = model.untrained(name, classes, arguments=arguments, preprocessing=preprocessing, seed=seed)
     module = model.build(checkpoint)
     for layer in module.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
@@ -95,7 +97,8 @@ def random_checkpoint(
     noise = np.kron(rng.integers(0, 256, (2, 12, 16, 3), np.uint8), np.ones((1, 8, 8, 1), np.uint8))
     scenes = np.stack([demo.scene(index)[0][:192:2, :256:2] for index in range(2)])
     images = torch.from_numpy(np.concatenate([scenes, noise])).permute(0, 3, 1, 2)
-    values = (images[:, : len(checkpoint.preprocessing.channels)].float() - 128) / 64
+    of_bands = images[:, [index % 3 for index in range(len(checkpoint.preprocessing.channels))]]
+    values = (of_bands.float() - 128) / 64
     with torch.inference_mode():
         model.logits(module.train(), values)
         logits = model.logits(module.eval(), values)

@@ -30,11 +30,14 @@ from PIL import Image
 from segray.crf import Crf
 from segray.errors import Locked, RunError, SettingsError, SourceError
 from segray.label import Label, _deadline, label, place
+from segray.labelmap import decode_png
 from segray.lock import hold
-from segray.model import Preprocessing
+from segray.model import Preprocessing, load
+from segray.predict import Prediction, Predictor
 from segray.tile import Tiling
 from tests.awful import awful_files
 from tests.conftest import random_checkpoint
+from tests.graphs import convolutions, described, write
 from tests.label_store import newest_run
 from tests.s3 import Server
 
@@ -337,6 +340,34 @@ def test_another_tiling_is_another_recipe_beside_the_first(
     per_recipe = read_store(sink, "label_maps").group_by("recipe").aggregate([("image_id", "count_distinct")])
     assert per_recipe["image_id_count_distinct"].to_pylist() == [10, 10]
     assert {path.stem for path in (tmp_path / "labels/recipes").iterdir()} == set(per_recipe["recipe"].to_pylist())
+
+
+def test_an_onnx_model_labels_in_the_same_actors(photos: Path, tmp_path: Path, ray_cluster: None) -> None:
+    fields = {"classes": ["soil", "crop", "weed"], "bands": "RGB"}
+    path = write(tmp_path / "m.onnx", convolutions(3, size=(32, 32), batch=1), fields)
+    sink = str(tmp_path / "labels")
+    label(Label(source=str(photos), sink=sink, model=path))
+    run = newest_run(sink)
+    assert run["counts"] == {"seen": 10, "labelled": 10, "rejected": 0, "present": 0, "other_files": 0}
+    recipe = json.loads((tmp_path / "labels/recipes" / f"{run['recipe']}.json").read_text())
+    assert recipe["tiling"] == {"size": 32, "overlap": 4, "blend": "cosine"}
+    assert recipe["model"]["digest"] == load(path).digest()
+    predictor = Predictor(load(path).to_bytes)
+    for row in read_store(sink, "label_maps").to_pylist():
+        with Image.open(photos / name_of(row["uri"])) as image:
+            (expected,) = predictor.predict([np.asarray(image)])
+        assert isinstance(expected, Prediction)
+        np.testing.assert_array_equal(decode_png(row["label_map"]), expected.label_map)
+
+
+def test_models_that_do_not_go_with_the_settings_are_refused(photos: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", convolutions(), described())
+    with pytest.raises(SettingsError, match="sees the bands red, green, blue, nir of scenes, and SOURCE is read as im"):
+        label(Label(source=str(photos), sink=str(tmp_path / "labels"), model=path))
+    path = write(tmp_path / "rgb.onnx", convolutions(3), {"classes": 3, "bands": "RGB"})
+    with pytest.raises(SettingsError, match=r"--dtype bfloat16: what .* computes in stands in its graph; leave it out"):
+        label(Label(source=str(photos), sink=str(tmp_path / "labels"), model=path, dtype="bfloat16"))
+    assert not (tmp_path / "labels").exists()
 
 
 def test_a_crf_is_another_recipe_and_the_run_says_what_it_took(

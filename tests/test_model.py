@@ -22,6 +22,7 @@ from segray.model import Checkpoint, Preprocessing
 from tests.conftest import CAMVID_CLASSES, random_checkpoint
 
 TORCHVISION = torchvision.models.list_models(torchvision.models.segmentation)
+TORCHVISION_MOBILE = [name for name in TORCHVISION if "mobilenet" in name]
 SMP = [
     "unet_resnet18",
     "unetplusplus_mobilenet_v2",
@@ -34,6 +35,7 @@ SMP = [
 SMALL = "unet_tu-mobilenetv3_small_050"
 LRASPP_FILE = "lraspp_mobilenet_v3_large-d234d4ea.pth"
 NAMES = ("sky", "road", "tree")
+BANDS = ("Blue", "green", "red", "nir", "swir16")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -175,7 +177,8 @@ def test_a_classes_file_may_hold_palette_and_preprocessing(small: Checkpoint, tm
 @pytest.mark.parametrize(
     ("preprocessing", "message"),
     [
-        ({"channels": "RGBA"}, "channels 'RGBA' must be 'RGB', 'BGR' or 'L'"),
+        ({"channels": "RGBA"}, "channels 'RGBA' must be 'RGB', 'BGR' or 'L', or the names of bands"),
+        ({"channels": ["red", "nir"]}, "3 means and 3 stds for 2 channels"),
         ({"channels": "L"}, "3 means and 3 stds for 1 channels"),
         ({"std": [1, 1, 0]}, "must be positive"),
         ({"range": 2}, "range 2 must be 1 or 255"),
@@ -403,10 +406,76 @@ def test_encoders_whose_weights_bar_commercial_use_say_so() -> None:
         assert of(encoder) == []
 
 
+def test_strides_are_those_of_the_deepest_features() -> None:
+    strides = {
+        "unet_mobilenet_v2": 32,
+        "pspnet_mobilenet_v2": 8,
+        "lraspp_mobilenet_v3_large": 32,
+        SMALL: 32,
+        SMP[-1]: 32,
+    }
+    for name, stride in strides.items():
+        assert model.stride(model.build(model.untrained(name, CAMVID_CLASSES))) == stride
+
+
 def test_input_multiples_are_those_that_the_libraries_demand() -> None:
     multiples = {"unetplusplus_mobilenet_v2": 32, "pspnet_mobilenet_v2": 8, "lraspp_mobilenet_v3_large": 1, SMALL: 1}
     for name, multiple in multiples.items():
         assert model.input_multiple(model.build(model.untrained(name, CAMVID_CLASSES))) == multiple
+
+
+@pytest.mark.parametrize("name", ["fcn_resnet50", *TORCHVISION_MOBILE, *SMP])
+def test_any_architecture_sees_as_many_channels_as_are_named(name: str) -> None:
+    for channels in (BANDS, "L"):
+        count = len(channels)
+        fields = Preprocessing(channels=channels, mean=(0,) * count, std=(1,) * count)
+        module = model.build(model.untrained(name, Classes(NAMES), preprocessing=fields))
+        images = torch.zeros(2, count, 64, 64)
+        images[1, -1] = 1e5  # as with random weights signals fade on their way through a deep network
+        with torch.inference_mode():
+            plain, other = model.logits(module, images)
+        assert plain.shape == (3, 64, 64)
+        assert not torch.equal(plain, other), "the last band plays no part"
+
+
+def test_the_random_weights_of_an_rgb_model_do_not_change_with_what_other_models_see() -> None:
+    for name in (SMALL, "lraspp_mobilenet_v3_large"):
+        torch.manual_seed(0)
+        bare = (
+            torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=3)
+            if name in TORCHVISION
+            else smp.create_model("unet", "tu-mobilenetv3_small_050", encoder_weights=None, classes=3)
+        )
+        assert_same_tensors(model.untrained(name, Classes(NAMES)).tensors, bare.state_dict())
+
+
+def test_normalised_bands_are_their_values_less_the_mean_by_the_std() -> None:
+    preprocessing = Preprocessing(channels=BANDS, mean=(1, 2, 3, 4, 5), std=(1, 2, 3, 4, 0.5))
+    values = torch.randn(2, 5, 7, 9, generator=torch.Generator().manual_seed(0)) * 3000
+    before = values.clone()
+    ours = model.normalised(values, preprocessing)
+    expected = v2.Normalize([1, 2, 3, 4, 5], [1, 2, 3, 4, 0.5])(values)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, expected)
+    assert torch.equal(values, before)
+
+
+@pytest.mark.parametrize("scale", [1, 255])
+@pytest.mark.parametrize("channels", ["RGB", "BGR"])
+def test_floats_from_0_to_255_are_normalised_like_bytes(channels: Any, scale: Any) -> None:
+    preprocessing = Preprocessing(channels=channels, range=scale, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16) * torch.tensor([1, 3, 5]).view(1, 3, 1, 1).byte()
+    floats = pixels.float()
+    assert torch.equal(model.normalised(floats, preprocessing), model.normalised(pixels, preprocessing))
+    assert torch.equal(floats, pixels.float())
+
+
+def test_luma_is_of_red_green_and_blue_or_of_one_band() -> None:
+    preprocessing = Preprocessing(channels="L", range=255, mean=(10,), std=(2,))
+    values = torch.rand(1, 3, 4, 5, generator=torch.Generator().manual_seed(0)) * 255
+    luma = (values * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    torch.testing.assert_close(model.normalised(values, preprocessing), (luma - 10) / 2, rtol=1e-3, atol=1e-2)
+    assert torch.equal(model.normalised(values[:, :1], preprocessing), (values[:, :1] - 10) / 2)
 
 
 @pytest.mark.parametrize("scale", [1, 255])
@@ -543,6 +612,37 @@ def test_imagenet_weights_of_torchvision_fill_the_backbone_as_torchvision_does(b
     assert all(torch.equal(begun.tensors[tensor], theirs[tensor]) for tensor in of_backbone)
     assert begun.preprocessing == Preprocessing()
     assert begun.origin == {"weights": "imagenet"}
+    model.build(begun)
+
+
+def test_imagenet_weights_see_bands_by_their_names(backbone_file: Path) -> None:
+    given = torchvision.models.mobilenet_v3_large().state_dict()
+    torch.save(given, backbone_file)
+    fields = Preprocessing(channels=BANDS, mean=(1, 2, 3, 4, 5), std=(5, 4, 3, 2, 1))
+    begun, fresh = model.start("lraspp_mobilenet_v3_large", Classes(NAMES), weights="imagenet", preprocessing=fields)
+    assert begun.preprocessing == fields
+    assert {name.partition(".")[0] for name in fresh} == {"classifier"}
+    theirs, ours = given["features.0.0.weight"], begun.tensors["backbone.0.0.weight"]
+    mean = theirs.mean(1)
+    expected = torch.stack([theirs[:, 2], theirs[:, 1], theirs[:, 0], mean, mean], dim=1) * 3 / 5
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(ours.sum(1), theirs.sum(1))  # the same where all bands are
+    assert torch.equal(begun.tensors["backbone.1.block.0.0.weight"], given["features.1.block.0.0.weight"])
+    model.build(begun)
+
+
+def test_smps_imagenet_weights_see_bands_too(hub_cache: Path) -> None:
+    described = smp.encoders.encoders["mobilenet_v2"]["pretrained_settings"]["imagenet"]
+    folder = hub_cache / f"models--{described['repo_id'].replace('/', '--')}" / "snapshots" / described["revision"]
+    folder.mkdir(parents=True)
+    encoder = smp.encoders.get_encoder("mobilenet_v2").state_dict()
+    safetensors.torch.save_file(encoder, folder / "model.safetensors")
+    settings = {"input_space": "BGR", "input_range": [0, 255], "mean": [1, 2, 3], "std": [4, 5, 6]}
+    (folder / "config.json").write_text(json.dumps(settings))
+    fields = Preprocessing(channels=("red", "blue"), mean=(1, 2), std=(5, 4))
+    begun, _ = model.start("unet_mobilenet_v2", Classes(NAMES), weights="imagenet", preprocessing=fields)
+    theirs = encoder["features.0.0.weight"]
+    torch.testing.assert_close(begun.tensors["encoder.features.0.0.weight"], theirs[:, [2, 0]] * 1.5)
     model.build(begun)
 
 

@@ -18,11 +18,12 @@ from torchvision.transforms._presets import SemanticSegmentation
 from segray import demo, model, predict
 from segray.classes import Classes
 from segray.crf import Crf, refine
-from segray.errors import Reject
+from segray.errors import Reject, SettingsError
 from segray.model import Preprocessing
-from segray.predict import Prediction, Predictor
-from segray.tile import Tiling
+from segray.predict import Prediction, Predictor, Raster
+from segray.tile import Tiling, Window
 from tests.conftest import CAMVID_CLASSES, random_checkpoint
+from tests.graphs import convolutions, described, write
 
 SMALL = "unet_tu-mobilenetv3_small_050"
 ABC = Classes(("a", "b", "c"))
@@ -53,10 +54,11 @@ def with_module(
     tiling: Tiling | None = None,
     batch_size: int = 16,
     crf: Crf | None = None,
+    stride: int = 1,
 ) -> Predictor:
     """A predictor of three classes whose model is this one."""
     made = copy.copy(_of_three_classes(preprocessing))
-    made._module, made._minimum, made._multiple = module, 1, 1
+    made._module, made._minimum, made._multiple, made._stride = module, 1, 1, stride
     made._tiling, made._batch_size, made._crf = tiling or Tiling(), batch_size, crf
     return made
 
@@ -598,3 +600,363 @@ def test_a_predictor_tells_how_many_images_each_forward_pass_was_for() -> None:
     predictor = Predictor(random_checkpoint("unet_resnet18").to_bytes, batch_size=2, beat=signs.append)
     predictor.predict([np.zeros((32, 32, 3), np.uint8)] * 5)
     assert signs == [2, 2, 1]
+
+
+FOUR_BANDS = Preprocessing(channels=("red", "green", "blue", "nir"), mean=(1, 2, 3, 4), std=(1, 2, 1, 4))
+
+
+class Strided(nn.Module):
+    """Looks some pixels around and gives fewer pixels; whole numbers in and out, so that nothing is ever rounded."""
+
+    def __init__(self, stride: int, num_bands: int = 4) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(stride)
+        first, second = (
+            torch.randint(-2, 3, shape, generator=generator).float() for shape in ((6, num_bands, 5, 5), (3, 6, 3, 3))
+        )
+        self.first, self.second, self.stride = first, second, stride
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = F.conv2d(images, self.first, stride=self.stride, padding=2).relu()
+        return F.conv2d(features, self.second, padding=1)
+
+
+def scene(height: int, width: int, num_bands: int = 4, seed: int = 0) -> np.ndarray:
+    """Whole numbers that FOUR_BANDS makes whole numbers of."""
+    rng = np.random.default_rng(seed)
+    values: np.ndarray = rng.integers(-2, 3, (num_bands, height, width)).astype(np.float32)
+    return values * 4
+
+
+def data_mask(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Blocks of pixels with and without data, and a corner without."""
+    rng = np.random.default_rng(seed)
+    valid: np.ndarray = np.kron(rng.random((height // 8 + 1, width // 8 + 1)) < 0.7, np.ones((8, 8), bool))
+    valid = valid[:height, :width]
+    valid[: height // 3, : width // 3] = False
+    return valid
+
+
+def whole(values: np.ndarray, valid: np.ndarray | None = None, areas: np.ndarray | None = None) -> Raster:
+    """A scene in one piece."""
+    _, height, width = values.shape
+    everywhere = np.ones((height, width), bool)
+    core = Window(0, 0, width, height)
+    return Raster(values=values, valid=everywhere if valid is None else valid, core=core, areas=areas)
+
+
+def in_windows(
+    predictor: Predictor,
+    values: np.ndarray,
+    valid: np.ndarray,
+    *,
+    core: int,
+    halo: int,
+    areas: np.ndarray | None = None,
+) -> Prediction:
+    """A scene in windows, and what they say together."""
+    _, height, width = values.shape
+    rasters, places = [], []
+    for row in range(0, height, core):
+        for col in range(0, width, core):
+            rows, cols = slice(row, min(row + core, height)), slice(col, min(col + core, width))
+            top, left = max(0, row - halo), max(0, col - halo)
+            there = slice(top, rows.stop + halo), slice(left, cols.stop + halo)
+            own = Window(col - left, row - top, cols.stop - col, rows.stop - row)
+            raster = Raster(
+                values=values[:, *there],
+                valid=valid[there],
+                core=own,
+                areas=None if areas is None else areas[rows, cols],
+            )
+            rasters.append(raster)
+            places.append((rows, cols))
+    predictions = only(predictor.predict_windows(rasters))
+    label_map = np.zeros((height, width), predictions[0].label_map.dtype)
+    for place, prediction in zip(places, predictions, strict=True):
+        label_map[place] = prediction.label_map
+    area_sums = [prediction.area_sum for prediction in predictions if prediction.area_sum is not None]
+    return Prediction(
+        label_map=label_map,
+        num_pixels=np.sum([prediction.num_pixels for prediction in predictions], axis=0),
+        confidence_sum=np.sum([prediction.confidence_sum for prediction in predictions], axis=0),
+        area_sum=np.sum(area_sums, axis=0) if area_sums else None,
+    )
+
+
+@given(st.integers(1, 100), st.integers(1, 100), st.sampled_from([1, 2, 4, 8]), st.integers(1, 3), st.integers(0, 99))
+@settings(deadline=None, max_examples=30)
+def test_windows_with_a_halo_equal_the_whole_scene_to_the_last_pixel(
+    height: int, width: int, stride: int, times: int, seed: int
+) -> None:
+    halo = 24  # 2 pixels and 2 strides around each are looked at, and a stride of those when it is upsampled
+    values, valid = scene(height, width, seed=seed), data_mask(height, width, seed)
+    areas = np.random.default_rng(seed).integers(1, 9, (height, width)).astype(np.float64)
+    made = with_module(Strided(stride), FOUR_BANDS, stride=stride)
+    (expected,) = only(made.predict_windows([whole(values, valid, areas)]))
+    given_ = in_windows(made, values, valid, core=16 * times, halo=halo, areas=areas)
+    assert_same([given_], [expected], exactly=False)
+    np.testing.assert_array_equal(given_.area_sum, expected.area_sum)
+
+
+def test_without_a_halo_windows_do_not_equal_the_whole_scene() -> None:
+    values, valid = scene(96, 96), np.ones((96, 96), bool)
+    made = with_module(Strided(4), FOUR_BANDS, stride=4)
+    (expected,) = only(made.predict_windows([whole(values)]))
+    assert (in_windows(made, values, valid, core=32, halo=0).label_map != expected.label_map).any()
+
+
+def test_windows_of_a_real_architecture_equal_the_whole_scene() -> None:
+    arguments = {"encoder_depth": 3, "decoder_channels": [16, 8, 8]}  # stride 8; looks less than 80 pixels around
+    bands = Preprocessing(channels=("a", "b", "c", "d", "e"), mean=(0.5,) * 5, std=(0.25,) * 5)
+    made = random_checkpoint("unet_resnet18", ABC, bands, arguments=arguments)
+    assert model.window_multiple(made, Tiling()) == 8
+    predictor = Predictor(made.to_bytes)
+    rng = np.random.default_rng(0)
+    coarse = np.kron(rng.random((5, 14, 18)), np.ones((1, 16, 16)))[:, :211, :275]
+    values = (coarse + 0.2 * rng.random((5, 211, 275))).astype(np.float32)
+    valid = data_mask(211, 275)
+    (expected,) = only(predictor.predict_windows([whole(values, valid)]))
+    assert (expected.num_pixels > 1000).all()
+    given_ = in_windows(predictor, values, valid, core=96, halo=80)
+    assert_same([given_], [expected], exactly=False)
+    near = in_windows(predictor, values, valid, core=96, halo=32)
+    assert (near.label_map != expected.label_map).any(), "a halo that is too narrow does as well"
+
+
+@pytest.mark.parametrize(("size", "overlap", "blend"), [(32, 8, "cosine"), (48, 24, "cosine"), (40, 0, "flat")])
+@pytest.mark.parametrize("num_strides", [1, 2])
+def test_windows_of_a_model_of_a_fixed_size_equal_the_whole_scene(
+    size: int, overlap: int, blend: Literal["cosine", "flat"], num_strides: int, tmp_path: Path
+) -> None:
+    fields = described(mean=[0, 0, 0, 0], std=[4, 4, 4, 4])
+    loaded = model.load(write(tmp_path / "m.onnx", convolutions(size=(size, size)), fields))
+    tiling = Tiling(size=size, overlap=overlap, blend=blend)
+    predictor = Predictor(loaded.to_bytes, tiling=tiling)
+    multiple = model.window_multiple(loaded, tiling)
+    assert multiple == size - overlap
+    # Short last windows, up to one that ends within the overlap of the tile before it.
+    for height, width in ((3 * multiple + 5, 4 * multiple + overlap + 3), (2 * multiple + 1, 3 * multiple), (20, 130)):
+        values, valid = scene(height, width), data_mask(height, width)
+        (expected,) = only(predictor.predict_windows([whole(values, valid)]))
+        given_ = in_windows(predictor, values, valid, core=num_strides * multiple, halo=multiple if overlap else 0)
+        assert_same([given_], [expected], exactly=False)
+        assert len(np.unique(expected.label_map)) > 2
+
+
+def test_tiles_of_a_fixed_size_are_blended_as_those_of_images_are(tmp_path: Path) -> None:
+    fields = {"classes": ["a", "b", "c"], "bands": "RGB", "mean": [0] * 3, "std": [1] * 3}
+    loaded = model.load(write(tmp_path / "m.onnx", convolutions(3, size=(64, 64)), fields))
+    predictor = Predictor(loaded.to_bytes, tiling=Tiling(size=64, overlap=16))
+    (image,) = photos((112, 160))  # both begin and end with a tile
+    (expected,) = only(predictor.predict([image]))
+    values = np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)
+    (given_,) = only(predictor.predict_windows([whole(values)]))
+    assert_same([given_], [expected], exactly=False)
+
+
+@pytest.mark.parametrize("tiling", [Tiling(), Tiling(size=32, overlap=8)])
+@pytest.mark.parametrize("channels", ["RGB", "BGR"])
+def test_a_raster_of_bytes_is_labelled_like_the_image(channels: Any, tiling: Tiling) -> None:
+    preprocessing = Preprocessing(channels=channels)
+    (image,) = photos((64, 96))
+    values = np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)
+    made = with_module(PerPixel(), preprocessing, tiling=tiling)
+    (given_,) = only(made.predict_windows([whole(values)]))
+    assert_same([given_], only(made.predict([image])), exactly=False)
+    assert given_.area_sum is None
+
+
+def test_pixels_without_data_are_void_and_count_nowhere() -> None:
+    values, valid = scene(40, 60), data_mask(40, 60)
+    core = Window(10, 5, 45, 30)
+    areas = np.random.default_rng(1).random((30, 45))
+    made = with_module(Strided(1), FOUR_BANDS)
+    raster = Raster(values=values, valid=valid, core=core, areas=areas)
+    (prediction,) = only(made.predict_windows([raster]))
+    inside = valid[5:35, 10:55]
+    np.testing.assert_array_equal(prediction.label_map == 255, ~inside)
+    np.testing.assert_array_equal(
+        prediction.num_pixels, [(prediction.label_map == class_id).sum() for class_id in range(3)]
+    )
+    assert prediction.num_pixels.sum() == inside.sum()
+    assert prediction.area_sum is not None
+    np.testing.assert_allclose(
+        prediction.area_sum, [areas[prediction.label_map == class_id].sum() for class_id in range(3)]
+    )
+    assert (prediction.confidence_sum <= prediction.num_pixels).all()
+
+
+@pytest.mark.parametrize("number", [0, 1e30, np.nan, np.inf])
+def test_what_stands_in_pixels_without_data_makes_no_difference(number: float) -> None:
+    values, valid = scene(40, 60), data_mask(40, 60)
+    (expected,) = only(with_module(Strided(2), FOUR_BANDS, stride=2).predict_windows([whole(values, valid)]))
+    values[:, ~valid] = number
+    (given_,) = only(with_module(Strided(2), FOUR_BANDS, stride=2).predict_windows([whole(values, valid)]))
+    assert_same([given_], [expected])
+
+
+def test_pixels_without_data_are_fed_as_the_mean_of_their_band() -> None:
+    seen: list[Tensor] = []
+
+    class Seen(Strided):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(images.clone())
+            return super().forward(images)
+
+    values, valid = scene(16, 24), data_mask(16, 24)
+    with_module(Seen(1), FOUR_BANDS).predict_windows([whole(values, valid)])
+    mean, std = (np.array(numbers)[:, None, None] for numbers in (FOUR_BANDS.mean, FOUR_BANDS.std))
+    expected = np.where(valid, (values - mean) / std, 0)
+    np.testing.assert_allclose(seen[0][0].numpy(), expected, rtol=1e-6)
+
+
+def test_a_core_without_data_is_never_fed() -> None:
+    rows = Rows()
+    values = np.zeros((3, 20, 30), np.float32)
+    valid = np.zeros((20, 30), bool)
+    valid[:, :10] = True  # beside the core
+    areas = np.ones((1, 1))
+    rasters = [Raster(values=values, valid=valid, core=Window(10, 0, 20, 15), areas=a) for a in (None, areas)]
+    without, with_areas = only(with_module(rows).predict_windows(rasters))
+    assert rows.shapes == []
+    for prediction in (without, with_areas):
+        assert (prediction.label_map == 255).all()
+        assert prediction.label_map.shape == (15, 20)
+        assert prediction.num_pixels.tolist() == [0, 0, 0]
+        assert prediction.confidence_sum.tolist() == [0, 0, 0]
+    assert without.area_sum is None
+    assert with_areas.area_sum is not None
+    assert with_areas.area_sum.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (30, 1), (1, 45), (30, 45)])
+@pytest.mark.parametrize("tiling", [Tiling(), Tiling(size=32, overlap=8)])
+def test_areas_are_summed_by_class_in_whatever_form_they_come(shape: tuple[int, ...], tiling: Tiling) -> None:
+    areas = np.random.default_rng(0).random(shape) + 0.5 if shape else np.array(900.25)
+    raster = Raster(values=scene(40, 60), valid=data_mask(40, 60), core=Window(10, 5, 45, 30), areas=areas)
+    (prediction,) = only(with_module(Strided(1), FOUR_BANDS, tiling=tiling).predict_windows([raster]))
+    full = np.broadcast_to(areas, (30, 45))
+    expected = [full[prediction.label_map == class_id].sum() for class_id in range(3)]
+    assert prediction.area_sum is not None
+    np.testing.assert_allclose(prediction.area_sum, expected, rtol=1e-12)
+
+
+def test_a_raster_with_numbers_that_are_not_finite_is_a_reject_alone() -> None:
+    dark = np.full((3, 20, 30), 20, np.float32)
+    results = with_module(Fragile(float("nan"))).predict_windows([whole(dark), whole(dark + 200), whole(dark + 1)])
+    assert [isinstance(result, Reject) for result in results] == [False, True, False]
+    assert isinstance(results[1], Reject)
+    assert (results[1].stage, results[1].kind) == ("predict", "not finite")
+
+
+def test_numbers_in_the_halo_that_are_not_finite_reject_nothing() -> None:
+    bright = np.full((3, 20, 30), 220, np.float32)
+    raster = Raster(values=bright, valid=np.ones((20, 30), bool), core=Window(1, 1, 10, 10))
+    assert only(with_module(Fragile(float("nan"))).predict_windows([raster]))  # it has them in the first pixel
+
+
+def test_rasters_that_do_not_fit_the_memory_together_are_halved_and_then_rejects() -> None:
+    rasters = [whole(np.full((3, 32, 48), index, np.float32)) for index in range(8)]
+    expected = only(with_module(PerPixel()).predict_windows(rasters))
+    module = Exhausted(2)
+    assert_same(only(with_module(module).predict_windows(rasters)), expected)
+    assert module.sizes[:3] == [8, 4, 2]
+    (reject,) = with_module(Exhausted(0)).predict_windows(rasters[:1])
+    assert isinstance(reject, Reject)
+    assert reject.kind == "out of memory"
+    assert "48×32 alone; take smaller windows" in reject.detail
+
+
+def test_rasters_of_several_shapes_come_back_in_their_order() -> None:
+    rasters = [whole(scene(height, width, seed=height)) for height, width in ((20, 30), (30, 20), (20, 30), (5, 1))]
+    made = with_module(Strided(1), FOUR_BANDS)
+    alone = [only(made.predict_windows([raster]))[0] for raster in rasters]
+    assert_same(only(made.predict_windows(rasters)), alone)
+
+
+def test_what_does_not_go_with_windows_is_refused() -> None:
+    raster = whole(np.zeros((3, 8, 8), np.float32))
+    with pytest.raises(SettingsError, match="neither resized nor refined"):
+        with_module(PerPixel(), dataclasses.replace(IDENTITY, resize=64)).predict_windows([raster])
+    with pytest.raises(SettingsError, match="leave out --crf"):
+        with_module(PerPixel(), crf=Crf()).predict_windows([raster])
+    with pytest.raises(SettingsError, match="sees the bands red, green, blue, nir of scenes, and these are images"):
+        with_module(Strided(1), FOUR_BANDS).predict(photos((8, 8)))
+    made = with_module(PerPixel())
+    for ignore_index in (-1, 256):
+        made._classes = Classes(ABC.names, ignore_index=ignore_index)
+        with pytest.raises(SettingsError, match=rf"ignore_index {ignore_index}, of pixels without data, must lie in"):
+            made.predict_windows([raster])
+
+
+def table_of(rasters: Sequence[Raster | None]) -> pa.Table:
+    """Rows as the reader of scenes gives them; None is a window that it rejected."""
+
+    def column(value: Any, kind: pa.DataType) -> pa.Array:
+        return pa.array([None if raster is None else value(raster) for raster in rasters], kind)
+
+    return pa.table(
+        {
+            "image_id": pa.array([str(index) for index in range(len(rasters))], pa.string()),
+            "values": column(lambda r: r.values.tobytes(), pa.large_binary()),
+            "valid": column(lambda r: r.valid.tobytes(), pa.large_binary()),
+            "height": column(lambda r: r.valid.shape[0], pa.int32()),
+            "width": column(lambda r: r.valid.shape[1], pa.int32()),
+            **{
+                f"core_{name}": column(lambda r, name=name: getattr(r.core, name), pa.int32())
+                for name in ("col_off", "row_off", "width", "height")
+            },
+            "row_areas": column(lambda r: None if r.areas is None else r.areas[:, 0], pa.list_(pa.float64())),
+            "col_off": column(lambda r: 7, pa.int32()),
+            "stage": pa.array(["fetch" if raster is None else None for raster in rasters], pa.string()),
+            "reason": pa.array(["missing: it is gone" if raster is None else None for raster in rasters], pa.string()),
+        }
+    )
+
+
+def test_a_table_of_rasters_gains_label_maps_of_their_cores() -> None:
+    core = Window(10, 5, 45, 30)
+    values, valid = scene(40, 60), data_mask(40, 60)
+    rasters: list[Raster | None] = [
+        Raster(values=values, valid=valid, core=core, areas=np.full((1, 1), 900.0)),
+        None,
+        Raster(values=values, valid=valid, core=core, areas=np.arange(30.0)[:, None]),
+        whole(values),
+        whole(values, np.zeros((40, 60), bool)),
+        whole(values * np.float32("nan")),
+    ]
+    batch = table_of(rasters)
+    made = with_module(Strided(1), FOUR_BANDS)
+    for table in (batch, pa.concat_tables([batch.slice(0, 2), batch.slice(2)])):
+        labelled = made(table)
+        assert set(labelled.schema.names) == {
+            *("image_id", "height", "width", "col_off", "label_map", "num_pixels", "confidence_sum", "area_sum"),
+            *("stage", "reason"),
+        }
+        assert labelled["image_id"] == table["image_id"]
+        assert labelled["height"].to_pylist() == [30, None, 30, 40, 40, 40]
+        assert labelled["width"].to_pylist() == [45, None, 45, 60, 60, 60]
+        assert labelled["col_off"].to_pylist() == [7, None, 7, 7, 7, 7]
+        assert labelled["stage"].to_pylist() == [None, "fetch", None, None, None, "predict"]
+        assert labelled["reason"][1].as_py() == "missing: it is gone"
+        for row in (0, 2, 3, 4):
+            raster = rasters[row]
+            assert raster is not None
+            (expected,) = only(made.predict_windows([raster]))
+            assert labelled["label_map"][row].as_py() == expected.label_map.tobytes()
+            assert labelled["num_pixels"][row].as_py() == expected.num_pixels.tolist()
+            assert labelled["confidence_sum"][row].as_py() == pytest.approx(expected.confidence_sum.tolist())
+            area_sum = labelled["area_sum"][row].as_py()
+            assert area_sum == (None if expected.area_sum is None else expected.area_sum.tolist())
+        for name in ("label_map", "num_pixels", "confidence_sum", "area_sum"):
+            assert labelled[name][1].as_py() is None
+            assert labelled[name][5].as_py() is None
+
+
+@pytest.mark.parametrize("rasters", [[], [None], [None, None]])
+def test_a_table_without_rasters_keeps_its_columns_and_types(rasters: list[None]) -> None:
+    made = with_module(Strided(1), FOUR_BANDS)
+    labelled = made(table_of(rasters))
+    assert labelled.num_rows == len(rasters)
+    assert labelled.schema == made(table_of([whole(scene(3, 4))])).schema

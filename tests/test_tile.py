@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segray.errors import SettingsError
-from segray.tile import Tiling, Window, windows
+from segray.tile import Tiling, Window, windows, windows_into
 
 
 @st.composite
@@ -98,3 +98,50 @@ def test_bounds_themselves_are_allowed() -> None:
     assert Tiling(size=32, overlap=16).stride == 16
     assert Tiling(size=33, overlap=16).stride == 17
     assert Tiling(size=32, overlap=0).stride == 32
+
+
+@st.composite
+def cores(draw: st.DrawFn, height: int, width: int) -> Window:
+    row_off, col_off = draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
+    return Window(col_off, row_off, draw(st.integers(1, width - col_off)), draw(st.integers(1, height - row_off)))
+
+
+@given(lengths, lengths, tilings(), st.data())
+def test_tiles_into_a_core_cover_it_and_are_those_of_the_whole_that_reach_it(
+    height: int, width: int, tiling: Tiling, data: st.DataObject
+) -> None:
+    core = data.draw(cores(height, width))
+    cut = windows_into(core, height, width, tiling)
+    covered = np.zeros((height + tiling.size, width + tiling.size), int)
+    for window in cut:
+        covered[window.rows, window.cols] += 1
+    assert covered[core.rows, core.cols].min() >= 1
+
+    whole = windows_into(Window(0, 0, width, height), height, width, tiling)
+    reach = [
+        window
+        for window in whole
+        if window.row_off < core.row_off + core.height
+        and window.row_off + window.height > core.row_off
+        and window.col_off < core.col_off + core.width
+        and window.col_off + window.width > core.col_off
+    ]
+    assert cut == reach
+
+
+@given(st.integers(1, 400), tilings(), st.integers(1, 3), st.integers(1, 3), st.data())
+def test_cores_on_a_grid_see_the_tiles_of_the_whole(
+    length: int, tiling: Tiling, num_strides: int, num_halo_strides: int, data: st.DataObject
+) -> None:
+    core, halo = num_strides * tiling.stride, num_halo_strides * tiling.stride
+    first = core * data.draw(st.integers(0, (length - 1) // core))
+    last = min(first + core, length)
+    start, end = max(0, first - halo), min(last + halo, length)
+    pixel = data.draw(st.integers(first, last - 1))
+
+    def seen(of: Window, raster: int, origin: int) -> set[int]:
+        offsets = {window.row_off + origin for window in windows_into(of, raster, 1, tiling)}
+        return {offset for offset in offsets if offset <= pixel < offset + tiling.size}
+
+    in_window = seen(Window(0, first - start, 1, last - first), end - start, start)
+    assert in_window == seen(Window(0, 0, 1, length), length, 0)

@@ -488,6 +488,11 @@ def test_settings_that_do_not_fit_are_refused(fields: Path, tmp_path: Path, ray_
         train(job(fields, tmp_path, model="deeplabv3_resnet18", arguments="{}", batch_size=1))
     with pytest.raises(ModelError, match="no model 'nonsense'"):
         train(job(fields, tmp_path, model="nonsense"))
+    of_bands = Preprocessing(channels=("red", "nir"), mean=(0, 0), std=(1, 1))
+    path = tmp_path / "bands.safetensors"
+    path.write_bytes(model.untrained("unet_resnet18", CLASSES, preprocessing=of_bands).to_bytes())
+    with pytest.raises(SettingsError, match="sees the bands red, nir of scenes, and shards hold images of RGB"):
+        train(job(fields, tmp_path, model=str(path), arguments="{}"))
 
 
 @pytest.mark.parametrize(
