@@ -14,7 +14,20 @@ import numpy as np
 
 # Every array that crosses a function of these modules is checked against its annotation.
 _CHECKED = [
-    *("augment", "crf", "datasets", "decode", "demo", "labelmap", "learn", "loss", "pairs", "predict"),
+    *(
+        "augment",
+        "cog",
+        "crf",
+        "datasets",
+        "decode",
+        "demo",
+        "labelmap",
+        "learn",
+        "loss",
+        "pairs",
+        "polygons",
+        "predict",
+    ),
     *("statistics", "stitch", "tile"),
 ]
 jaxtyping.install_import_hook([f"segray.{module}" for module in _CHECKED], "beartype.beartype")
