@@ -18,6 +18,7 @@ JOBS = {
     "evaluate": "compare a label store with targets",
     "compact": "merge the small parts of a label store",
     "verify": "read a label store back and prove that it is whole",
+    "export": "write labelled scenes as rasters, polygons and STAC items",
     "pack": "pack images and targets into shards",
     "train": "train a model on shards of image/target pairs",
 }

@@ -290,7 +290,7 @@ def _fitted(job: Label, checkpoint: Any) -> Label:
     Raises:
         SettingsError: the model does not go with what the settings say.
     """
-    from segray.model import fitted_tiling, window_multiple
+    from segray.model import fitted_tiling, tile_size, window_multiple
 
     if checkpoint.architecture == "onnx" and job.dtype != "float32":
         raise SettingsError(f"--dtype {job.dtype}: what {job.model} computes in stands in its graph; leave it out")
@@ -306,7 +306,7 @@ def _fitted(job: Label, checkpoint: Any) -> Label:
     # Windows and halos on the grid of the model's stride, or of its tiles, see what the whole scene would.
     size += -size % multiple
     tiling = fitted_tiling(checkpoint, job.tiling)
-    if tiling == job.tiling:  # the model takes any size: a window is a tile
+    if tile_size(checkpoint) is None:  # a window is a tile
         halo += -halo % multiple
         tiling = dataclasses.replace(tiling, size=size + 2 * halo, overlap=0)
     else:

@@ -48,6 +48,7 @@ __all__ = [
     "notices",
     "start",
     "stride",
+    "tile_size",
     "untrained",
     "window_multiple",
 ]
@@ -334,20 +335,21 @@ def stride(module: nn.Module) -> int:
 
 def fitted_tiling(checkpoint: Checkpoint, tiling: Tiling) -> Tiling:
     """The tiling that a model is fed by: for one of a fixed size that size, and the overlap in proportion."""
-    tile_size = _tile_size(checkpoint)
-    if tile_size is None:
+    side = tile_size(checkpoint)
+    if side is None:
         return tiling
-    return dataclasses.replace(tiling, size=tile_size, overlap=tiling.overlap * tile_size // tiling.size)
+    return dataclasses.replace(tiling, size=side, overlap=tiling.overlap * side // tiling.size)
 
 
 def window_multiple(checkpoint: Checkpoint, tiling: Tiling) -> int:
     """What the cores and halos of a scene's windows must be multiples of, in pixels, to join without a seam."""
-    if _tile_size(checkpoint) is None:
+    if tile_size(checkpoint) is None:
         return stride(build(checkpoint))
     return fitted_tiling(checkpoint, tiling).stride
 
 
-def _tile_size(checkpoint: Checkpoint) -> int | None:
+def tile_size(checkpoint: Checkpoint) -> int | None:
+    """The side in pixels of the only input that the model takes. None: it takes any."""
     size: int | None = checkpoint.arguments.get("tile_size") if checkpoint.architecture == _ONNX else None
     return size
 

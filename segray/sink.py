@@ -51,6 +51,7 @@ from segray.source import filesystem, is_scene, is_shard, known
 __all__ = [
     "LABELLED",
     "LABEL_MAPS",
+    "OPTIONAL",
     "REJECTS",
     "SHARDS",
     "STATISTICS",
@@ -70,9 +71,20 @@ LABEL_MAPS = pa.schema(
         "width": pa.int32(),
         "label_map": pa.binary(),
         "run_id": pa.string(),
+        "scene": pa.string(),
+        "col_off": pa.int32(),
+        "row_off": pa.int32(),
+        "crs": pa.string(),
+        **{f"transform_{coefficient}": pa.float64() for coefficient in "abcdef"},
+        **{side: pa.float64() for side in ("west", "south", "east", "north")},
     }
 )
-"""One row an image: its label map as a PNG whose pixel values are class ids."""
+"""One row an image: its label map as a PNG whose pixel values are class ids.
+
+From `scene` on the columns tell of a window of a scene, and are null for other images: where it begins in the scene
+(in pixels), the scene's CRS (an authority's code, or WKT), the window's affine transform (pixel (col, row) lies at
+x = a·col + b·row + c, y = d·col + e·row + f), and its bounds in EPSG:4326. Pixels without data are `ignore_index`.
+"""
 
 STATISTICS = pa.schema(
     {
@@ -84,9 +96,14 @@ STATISTICS = pa.schema(
         "fraction": pa.float64(),
         "mean_confidence": pa.float64(),
         "run_id": pa.string(),
+        "area_m2": pa.float64(),
     }
 )
-"""One row for each class that occurs in an image; its `num_pixels` add up to height × width."""
+"""One row for each class that occurs in an image; its `num_pixels` add up to height × width, in a window of a scene
+without the pixels that hold no data. `area_m2` is null but for those."""
+
+OPTIONAL = frozenset({"area_m2", *LABEL_MAPS.names[LABEL_MAPS.get_field_index("scene") :]})
+"""The columns that tell of scenes: null for other images, and not in parts that an earlier version wrote."""
 
 REJECTS = pa.schema(
     {
@@ -369,7 +386,9 @@ class Sink:
         Raises:
             SinkError: a part cannot be read, or not be replaced.
         """
-        self._replace(kind, parts, pa.concat_tables(self._read(kind, part) for part in parts))
+        rows = (self._read(kind, part) for part in parts)
+        # What an earlier version wrote has fewer columns.
+        self._replace(kind, parts, pa.concat_tables(rows, promote_options="default"))
 
     def write(self, rows: pa.Table, classes: Classes, run_id: str) -> Iterator[Receipt]:
         """Commits labelled and rejected images, in parts of at most about 64 MiB.
@@ -443,7 +462,8 @@ class Sink:
         name = part_name(rows)
         statistics = None
         if kind == "label_maps":
-            statistics = pa.concat_tables(self._read("statistics", part) for part in parts)
+            found = (self._read("statistics", part) for part in parts)
+            statistics = pa.concat_tables(found, promote_options="default")
             statistics = statistics.filter(pc.is_in(statistics["image_id"], rows["image_id"].combine_chunks()))
         try:
             if rows.num_rows and statistics is not None:
@@ -461,6 +481,8 @@ class Sink:
         return name
 
     def _put_table(self, kind: str, part: str, table: pa.Table, schema: pa.Schema) -> None:
+        for name in OPTIONAL & (set(schema.names) - set(table.column_names)):
+            table = table.append_column(name, pa.nulls(table.num_rows))
         self._put(f"{self._folder(kind)}/{part}", _parquet(table.select(schema.names).cast(schema)))
 
     def _folder(self, kind: str) -> str:

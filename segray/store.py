@@ -126,7 +126,7 @@ class LabelStore:
         Args:
             table: `label_maps`, `statistics` or `rejects`.
             recipe_id: the recipe whose rows are wanted.
-            columns: what is read; the batches have them in this order.
+            columns: what is read; the batches have them in this order, null where a part has no such column.
             parts: names of parts. Default: all of them.
         """
         size = 64 if "label_map" in columns else 65_536
@@ -134,13 +134,14 @@ class LabelStore:
             path = f"{self.path}/{table}/recipe={recipe_id}/{part}"
             with _reading(path), self.filesystem.open(path, "rb") as file:
                 for batch in pq.ParquetFile(file).iter_batches(size, columns=columns):
-                    yield batch.select(columns)
+                    yield pa.RecordBatch.from_arrays(_columns(batch, columns), columns)
 
     def read(self, table: str, recipe_id: str, part: str, columns: list[str]) -> pa.Table:
-        """These columns of a part, whole."""
+        """These columns of a part, whole; null where it has no such column, as an earlier version wrote it."""
         path = f"{self.path}/{table}/recipe={recipe_id}/{part}"
         with _reading(path), self.filesystem.open(path, "rb") as file:
-            return pq.ParquetFile(file).read(columns).select(columns)
+            table = pq.ParquetFile(file).read(columns)
+        return pa.table(_columns(table, columns), columns)
 
     def document(self, path: str) -> dict[str, Any]:
         """What a JSON file holds."""
@@ -155,6 +156,11 @@ class LabelStore:
         except FileNotFoundError:
             return []
         return sorted(entry for entry in entries if entry.endswith(suffix))
+
+
+def _columns(rows: pa.RecordBatch | pa.Table, columns: list[str]) -> list[pa.Array | pa.ChunkedArray]:
+    there = rows.schema.names
+    return [rows.column(name) if name in there else pa.nulls(rows.num_rows) for name in columns]
 
 
 @contextlib.contextmanager

@@ -227,7 +227,7 @@ def _in_order(
 
 def _check(store: LabelStore, paths: Sequence[str], classes: Classes) -> _Part:
     """Reads a part, and its twin if it has one, and counts again."""
-    from segray.sink import LABEL_MAPS, REJECTS, STATISTICS, part_name
+    from segray.sink import LABEL_MAPS, OPTIONAL, REJECTS, STATISTICS, part_name
 
     schemas = {"label_maps": LABEL_MAPS, "statistics": STATISTICS, "rejects": REJECTS}
     part, tables = _Part(paths), {}
@@ -248,7 +248,9 @@ def _check(store: LabelStore, paths: Sequence[str], classes: Classes) -> _Part:
         except Exception as error:  # whatever pyarrow stumbles over
             part.problems.add([f"{of_kind}: cannot be read: {root_cause(error)}"])
             continue
-        if differing := {column.name for column in {*table.schema} ^ {*schemas[kind]}}:
+        differing = {column.name for column in {*table.schema} ^ {*schemas[kind]}}
+        # What an earlier version wrote lacks what tells of scenes.
+        if differing := differing - (OPTIONAL - {*table.column_names}):
             part.problems.add([f"{of_kind}: not the columns of {kind}: {', '.join(sorted(differing))}"])
         else:
             tables[kind] = table
@@ -293,6 +295,8 @@ def _wrong_with(row: dict[str, Any], statistics: list[dict[str, Any]], classes: 
     if label_map.shape != (row["height"], row["width"]):
         height, width = label_map.shape
         return f"the label map has {height}×{width} pixels (height×width), its row says {row['height']}×{row['width']}"
+    if row.get("scene") is not None:  # where it holds no data there is no class
+        label_map = label_map[label_map != classes.ignore_index]
     if (largest := int(label_map.max(initial=0))) >= len(classes):
         return f"the label map holds the id {largest}, and there are {len(classes)} classes"
     counts = _count(label_map, len(classes))

@@ -33,6 +33,7 @@ OPTIONS = {
     "evaluate": ["sink", "targets", "recipe", "ignore_index", "json"],
     "compact": ["sink", "recipe", "wait"],
     "verify": ["sink", "source", "column", "recipe", "repair"],
+    "export": ["sink", "dest", "recipe", "scene", "simplify", "processes"],
     "pack": [
         *("source", "sink", "dataset", "classes", "column", "recipe", "min_confidence"),
         *("format", "shard_images", "val_fraction", "seed"),
@@ -89,7 +90,7 @@ def test_help_tells_every_option_and_imports_neither_torch_nor_ray(job: str) -> 
     )
     text = run("-c", program).stdout
     for option in OPTIONS[job]:
-        assert option.startswith(("source", "sink", "targets")) or f"--{option.replace('_', '-')}" in text
+        assert option.startswith(("source", "sink", "targets", "dest")) or f"--{option.replace('_', '-')}" in text
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -104,7 +105,7 @@ def test_each_job_is_a_file_that_shows_how_it_is_submitted(job: str) -> None:
 def test_the_readmes_name_no_job_and_no_option_that_is_not_there(readme: str) -> None:
     text = (ROOT / readme).read_text().replace("\\\n", " ")
     commands = re.findall(
-        r"(?:python jobs/(\w+)\.py|segray (label|report|evaluate|compact|verify|pack|train))\b([^\n`]*)", text
+        r"(?:python jobs/(\w+)\.py|segray (label|report|evaluate|compact|verify|export|pack|train))\b([^\n`]*)", text
     )
     assert readme != "README.md" or {script or job for script, job, _ in commands} == set(JOBS)
     for script, job, arguments in commands:
