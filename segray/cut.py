@@ -205,7 +205,9 @@ def _read_row(row: Mapping[str, Any], scenes: Scenes, area: Area | None) -> dict
     }
 
 
-def areas_by_class(label_map: UInt[np.ndarray, "height width"], row: Mapping[str, Any], num_classes: int) -> Float64[np.ndarray, " num_classes"]:
+def areas_by_class(
+    label_map: UInt[np.ndarray, "height width"], row: Mapping[str, Any], num_classes: int
+) -> Float64[np.ndarray, " num_classes"]:
     """Square metres of each class in a window, of which `row` holds the scene (pickled) and the offsets."""
     height, width = label_map.shape
     scene: Scene = pickle.loads(row["pickled"])

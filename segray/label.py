@@ -375,8 +375,7 @@ def _chain(
             num_cpus=placement.actor_cpus,
             num_gpus=placement.actor_gpus,
             runtime_env={"env_vars": CPU_ENVIRONMENT} if placement.device == "cpu" else None,
-        )
-        .map_batches(_encode, **task, fn_kwargs={"classes": checkpoint.classes, "ledger": ledger})
+        ).map_batches(_encode, **task, fn_kwargs={"classes": checkpoint.classes, "ledger": ledger})
     )
 
 
@@ -662,17 +661,28 @@ class _Predictor:
 
 
 def _encode(predicted: pa.Table, *, classes: Classes, ledger: Any) -> pa.Table:
-    """The raw `label_map` becomes a PNG."""
+    """The raw `label_map` becomes a PNG, and the `pickled` scene of a window the areas of its classes."""
     dtype = dtype_for(len(classes))
     shapes = zip(predicted["height"].to_pylist(), predicted["width"].to_pylist(), strict=True)
     with metrics.stage("encode"):
-        pngs = [
-            encode_png(np.frombuffer(raw.as_buffer(), dtype).reshape(shape), classes.palette) if raw.is_valid else None
+        label_maps = [
+            np.frombuffer(raw.as_buffer(), dtype).reshape(shape) if raw.is_valid else None
             for raw, shape in zip(predicted["label_map"], shapes, strict=True)
         ]
+        pngs = [None if one is None else encode_png(one, classes.palette) for one in label_maps]
+        position = predicted.schema.get_field_index("label_map")
+        encoded = predicted.set_column(position, "label_map", pa.array(pngs, pa.large_binary()))
+        if "pickled" in encoded.column_names:
+            from segray.cut import areas_by_class
+
+            rows = encoded.select(["pickled", "col_off", "row_off"]).to_pylist()
+            areas = [
+                None if one is None else areas_by_class(one, row, len(classes))
+                for one, row in zip(label_maps, rows, strict=True)
+            ]
+            encoded = encoded.drop_columns("pickled").append_column("area_sum", pa.array(areas, pa.list_(pa.float64())))
     ledger.encoded.remote(len(pngs), pngs.count(None))
-    position = predicted.schema.get_field_index("label_map")
-    return predicted.set_column(position, "label_map", pa.array(pngs, pa.large_binary()))
+    return encoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -691,9 +701,7 @@ class _Page:
     """Images in them."""
 
 
-def _pages(
-    job: Label, source: Any, sink: Any, done: np.ndarray, checkpoint: Any, recipe_id: str
-) -> Iterator[_Page]:
+def _pages(job: Label, source: Any, sink: Any, done: np.ndarray, checkpoint: Any, recipe_id: str) -> Iterator[_Page]:
     """What is there and what of it is done, some thousand entries at a time."""
     if job.scenes.size is None:
         return _image_pages(source, sink, done)

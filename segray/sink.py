@@ -134,7 +134,11 @@ LABELLED = pa.schema(
         "reason": pa.string(),
     }
 )
-"""What `Sink.write` takes: a row an image, labelled (`reason` is null) or rejected."""
+"""What `Sink.write` takes: a row an image, labelled (`reason` is null) or rejected.
+
+Windows of scenes have the columns of `LABEL_MAPS` that tell of them besides, and `area_sum` (lists of float64, the
+square metres of each class).
+"""
 
 _PART_BYTES = 64 * 2**20
 _MAX_PUT_BYTES = 5 * 2**30 - 1  # of S3
@@ -247,7 +251,12 @@ class Sink:
         """
         columns = ["uri", "version", "run_id"]
         rejects = {part: self._read("rejects", part, columns).to_pylist() for part in self._parts("rejects")}
-        wanted = {row["uri"] for rows in rejects.values() for row in rows if not row["version"] or is_shard(row["uri"]) or is_scene(row["uri"])}
+        wanted = {
+            row["uri"]
+            for rows in rejects.values()
+            for row in rows
+            if not row["version"] or is_shard(row["uri"]) or is_scene(row["uri"])
+        }
         if not wanted:
             return
 
@@ -438,6 +447,9 @@ class Sink:
         confidence_sum = _flat(labelled["confidence_sum"], np.float64).reshape(shape)
         if labelled.num_rows:
             statistics = _statistics(labelled, num_pixels, confidence_sum, classes)
+            if "area_sum" in labelled.column_names:
+                areas = _flat(labelled["area_sum"], np.float64).reshape(shape)[np.nonzero(num_pixels)]
+                statistics = statistics.append_column("area_m2", pa.array(areas))
             part = part_name(labelled)
             self._put_table("statistics", part, _of_run(statistics, run_id), STATISTICS)
             self._put_table("label_maps", part, _of_run(labelled, run_id), LABEL_MAPS)
@@ -586,6 +598,10 @@ def put(filesystem: Any, path: str, data: bytes) -> None:
     directory = os.open(folder, os.O_RDONLY)
     os.fsync(directory)  # or a power cut might keep the second of two parts and lose the first
     os.close(directory)
+
+
+def _has_many(uri: str) -> bool:
+    return is_shard(uri) or is_scene(uri)
 
 
 def part_name(rows: pa.Table) -> str:

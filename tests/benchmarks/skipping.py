@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from segray.label import _pages
+from segray.label import _image_pages
 from segray.sink import LABEL_MAPS, Sink, part_name
 from segray.source import ENTRIES, image_id
 
@@ -75,7 +75,7 @@ def main() -> None:
         before, began = peak_mib(), time.monotonic()
         done = sink.done()
         read = time.monotonic()
-        pages = _pages(Listing(num_images), sink, done)
+        pages = _image_pages(Listing(num_images), sink, done)
         todo = [(page.loose.num_rows, page.num_present, page.loose.nbytes) for page in pages]
         ended = time.monotonic()
     num_new, num_present, num_bytes = (sum(column) for column in zip(*todo, strict=True))
