@@ -53,6 +53,7 @@ Output = Literal["logits", "probabilities"]
 _TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
 _PROBE_SIDE = 256
 _LEAST_TILE = 32
+_ROUNDING = 1e-2  # of half precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +215,7 @@ class Graph(nn.Module):
     @property
     def input_shape(self) -> tuple[int | None, ...]:
         """Batch, bands, height and width that the graph takes. None: any."""
-        return tuple(length if isinstance(length, int) else None for length in self._input.shape)
+        return tuple(length if isinstance(length, int) and length > 0 else None for length in self._input.shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Graph":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -239,7 +240,8 @@ class Graph(nn.Module):
         together = self.input_shape[0] or len(given)
         outputs = []
         for some in torch.split(given, together):
-            whole = torch.cat([some, some[-1:].expand(together - len(some), -1, -1, -1)])
+            num_missing = together - len(some)
+            whole = torch.cat([some, some[-1:].expand(num_missing, -1, -1, -1)]) if num_missing else some
             outputs.append(self._session.run(None, {self._input.name: whole.numpy()})[0][: len(some)])
         return torch.from_numpy(np.concatenate(outputs)).float()
 
@@ -301,12 +303,12 @@ def _check_given(name: str, given: Tensor, described: Description) -> None:
     if num_channels != num_classes and (num_channels, num_classes) != (1, 2):
         listed = f"{num_classes}: {', '.join(described.classes.names[:20])}"
         raise ModelError(f"{name} gives {num_channels} classes, and there are names of {listed}; name as many")
-    # Within its bounds, and for more than one channel alike in sum, by chance alone if not by a softmax.
-    sums = given.sum(1)
-    is_normed = bool((given >= 0).all() and (given <= 1).all() and (sums - 1).abs().max() < 1e-3 and num_channels > 1)
+    is_bounded = bool(((given >= 0) & (given <= 1 + _ROUNDING)).all())
+    # What sums to one in every pixel comes from a softmax. One channel may do so by chance.
+    is_normed = is_bounded and num_channels > 1 and bool(((given.sum(1) - 1).abs() < _ROUNDING).all())
     if described.output == "logits" and is_normed:
         raise ModelError(f'{name} gives probabilities, not logits; say "output": "probabilities" in its description')
-    if described.output == "probabilities" and not bool(((given >= 0) & (given <= 1)).all()):
+    if described.output == "probabilities" and not is_bounded:
         raise ModelError(f'{name} gives logits, not probabilities; leave "output" out of its description')
 
 

@@ -50,8 +50,6 @@ class Raster:
     """Where there are data."""
     core: Window
     """Of these pixels those that are labelled."""
-    areas: Float64[np.ndarray, "..."] | None = None
-    """Area of each pixel of the core, in any unit; of a shape that can be broadcast to the core's."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,8 +62,6 @@ class Prediction:
     """Pixels of each class."""
     confidence_sum: Float64[np.ndarray, " num_classes"]
     """Sum over each class's pixels of the probability that the model gave it."""
-    area_sum: Float64[np.ndarray, " num_classes"] | None = None
-    """Sum over each class's pixels of their areas. None: these were not given."""
 
 
 class Predictor:
@@ -138,14 +134,13 @@ class Predictor:
         Args:
             batch: columns `height`, `width`, `stage`, `reason` (null unless it is a reject), any others, and of images
                 `pixels` (binary, HWC uint8 RGB); of rasters `values` (binary, CHW float32), `valid` (binary, HW
-                bool), `core_col_off`, `core_row_off`, `core_width`, `core_height`, and `row_areas` (list of float64:
-                the area of a pixel in each row of the core, or one for all; null: not known).
+                bool), `core_col_off`, `core_row_off`, `core_width`, `core_height`.
 
         Returns:
             The other columns, in their order, with these replaced by `label_map` (binary, the
-            raw array), `num_pixels` and `confidence_sum` (lists, one value a class), of rasters also
-            `area_sum` (likewise; null without areas); `stage` and `reason` are set in rows that were
-            rejected here. Of rasters `height` and `width` are then the core's.
+            raw array), `num_pixels` and `confidence_sum` (lists, one value a class); `stage` and
+            `reason` are set in rows that were rejected here. Of rasters `height` and `width` are
+            then the core's.
         """
         stages, reasons = batch["stage"].to_pylist(), batch["reason"].to_pylist()
         wanted = [row for row, reason in enumerate(reasons) if reason is None]
@@ -165,16 +160,11 @@ class Predictor:
             "label_map": pa.array([p and p.label_map.tobytes() for p in predictions], pa.binary()),
             "num_pixels": pa.array([p and p.num_pixels for p in predictions], pa.list_(pa.int64())),
             "confidence_sum": pa.array([p and p.confidence_sum for p in predictions], pa.list_(pa.float64())),
-            **(
-                {"area_sum": pa.array([p and p.area_sum for p in predictions], pa.list_(pa.float64()))}
-                if of_scenes
-                else {}
-            ),
             "stage": pa.array([r.stage if r else s for r, s in zip(rejects, stages, strict=True)], pa.string()),
             "reason": pa.array([r.reason if r else s for r, s in zip(rejects, reasons, strict=True)], pa.string()),
         }
         if of_scenes:
-            read = ["values", "valid", "height", "width", "core_col_off", "core_row_off", "row_areas"]
+            read = ["values", "valid", "height", "width", "core_col_off", "core_row_off"]
             kept = batch.drop_columns([*read, "stage", "reason"])
             kept = kept.rename_columns([name.removeprefix("core_") for name in kept.column_names])
         else:
@@ -428,12 +418,8 @@ class Predictor:
     ) -> Prediction:
         """The logits of some rows of a raster's core to their label map."""
         core, num_rows = raster.core, logits.shape[1]
-        rows = slice(first_row, first_row + num_rows)
-        valid = torch.tensor(raster.valid[core.rows, core.cols][rows], device=self._device)
-        areas = None
-        if raster.areas is not None:
-            areas = torch.tensor(np.broadcast_to(raster.areas, (core.height, core.width))[rows], device=self._device)
-        return self._prediction(logits[None], num_rows, core.width, valid, areas)
+        valid = raster.valid[core.rows, core.cols][first_row : first_row + num_rows]
+        return self._prediction(logits[None], num_rows, core.width, torch.tensor(valid, device=self._device))
 
     def _without_data(self, raster: Raster) -> Prediction:
         num_classes, shape = len(self._classes), (raster.core.height, raster.core.width)
@@ -441,7 +427,6 @@ class Predictor:
             label_map=np.full(shape, self._classes.ignore_index, dtype_for(num_classes)),
             num_pixels=np.zeros(num_classes, np.int64),
             confidence_sum=np.zeros(num_classes),
-            area_sum=None if raster.areas is None else np.zeros(num_classes),
         )
 
     def _label(
@@ -477,7 +462,6 @@ class Predictor:
         height: int,
         width: int,
         valid: Bool[Tensor, "height width"] | None = None,
-        areas: Float64[Tensor, "height width"] | None = None,
     ) -> Prediction:
         """One image's logits, brought to height × width, to the class of the largest, the first of equals.
 
@@ -486,26 +470,20 @@ class Predictor:
             height: of its label map.
             width: of its label map.
             valid: where it has data. None: everywhere.
-            areas: of its pixels.
         """
         num_classes = len(self._classes)
         label_map, confidence = (of_batch.flatten() for of_batch in self._argmax(logits, height, width))
         if valid is not None:
             label_map.masked_fill_(~valid.flatten(), num_classes)  # a class of its own, that is not counted
 
-        def summed(weights: Tensor | None) -> np.ndarray:
-            sums: np.ndarray = torch.bincount(label_map, weights, num_classes + 1)[:num_classes].cpu().numpy()
-            return sums
-
-        num_pixels, confidence_sum = summed(None), summed(confidence.double())
-        area_sum = None if areas is None else summed(areas.flatten())
+        num_pixels = torch.bincount(label_map, minlength=num_classes)[:num_classes]
+        confidence_sum = torch.bincount(label_map, confidence.double(), num_classes)[:num_classes]
         if valid is not None:
             label_map.masked_fill_(~valid.flatten(), self._classes.ignore_index)
         return Prediction(
             label_map=label_map.view(height, width).cpu().numpy().astype(dtype_for(num_classes)),
-            num_pixels=num_pixels,
-            confidence_sum=confidence_sum,
-            area_sum=area_sum,
+            num_pixels=num_pixels.cpu().numpy(),
+            confidence_sum=confidence_sum.cpu().numpy(),
         )
 
     def _argmax(self, logits: Float[Tensor, "batch num_classes h w"], height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -551,12 +529,11 @@ def _raster(batch: pa.Table, row: int) -> Raster:
         number: int = batch[name][row].as_py()
         return number
 
-    height, width, areas = of("height"), of("width"), batch["row_areas"][row].as_py()
+    height, width = of("height"), of("width")
     return Raster(
         values=np.frombuffer(batch["values"][row].as_buffer(), np.float32).reshape(-1, height, width),
         valid=np.frombuffer(batch["valid"][row].as_buffer(), np.bool_).reshape(height, width),
         core=Window(of("core_col_off"), of("core_row_off"), of("core_width"), of("core_height")),
-        areas=None if areas is None else np.array(areas, np.float64)[:, None],
     )
 
 
@@ -567,12 +544,10 @@ def _size(item: np.ndarray | Raster) -> tuple[int, int]:
 
 def _joined(parts: Sequence[Prediction]) -> Prediction:
     """One below the other."""
-    areas = [part.area_sum for part in parts if part.area_sum is not None]
     return Prediction(
         label_map=np.concatenate([part.label_map for part in parts]),
         num_pixels=np.sum([part.num_pixels for part in parts], axis=0),
         confidence_sum=np.sum([part.confidence_sum for part in parts], axis=0),
-        area_sum=np.sum(areas, axis=0) if areas else None,
     )
 
 

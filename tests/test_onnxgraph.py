@@ -82,17 +82,14 @@ def test_the_published_cloud_models_label_windows(clouds: Checkpoint) -> None:
     image = reflectances(256, 300, 4).transpose(2, 0, 1)
     core = Window(30, 20, 200, 180)
     predictor = Predictor(clouds.to_bytes, tiling=Tiling(size=256, overlap=64))
-    (prediction,) = predictor.predict_windows(
-        [Raster(values=image, valid=np.ones((256, 300), bool), core=core, areas=np.full((1, 1), 900.0))]
-    )
+    (prediction,) = predictor.predict_windows([Raster(values=image, valid=np.ones((256, 300), bool), core=core)])
     assert isinstance(prediction, Prediction)
     module = model.build(clouds)
     left = module(model.normalised(torch.from_numpy(image[None, :, :, :256]), clouds.preprocessing))
     alone = slice(30, 192)  # the columns that the second tile does not reach
     expected = left.argmax(1)[0, 20:200, alone].numpy()
     np.testing.assert_array_equal(prediction.label_map[:, : alone.stop - alone.start], expected)
-    assert prediction.area_sum is not None
-    assert prediction.area_sum.sum() == 900 * 200 * 180
+    assert prediction.num_pixels.sum() == 200 * 180
 
 
 def test_classes_may_be_named_in_a_file(tmp_path: Path) -> None:

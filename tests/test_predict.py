@@ -637,23 +637,15 @@ def data_mask(height: int, width: int, seed: int = 0) -> np.ndarray:
     return valid
 
 
-def whole(values: np.ndarray, valid: np.ndarray | None = None, areas: np.ndarray | None = None) -> Raster:
+def whole(values: np.ndarray, valid: np.ndarray | None = None) -> Raster:
     """A scene in one piece."""
     _, height, width = values.shape
     everywhere = np.ones((height, width), bool)
     core = Window(0, 0, width, height)
-    return Raster(values=values, valid=everywhere if valid is None else valid, core=core, areas=areas)
+    return Raster(values=values, valid=everywhere if valid is None else valid, core=core)
 
 
-def in_windows(
-    predictor: Predictor,
-    values: np.ndarray,
-    valid: np.ndarray,
-    *,
-    core: int,
-    halo: int,
-    areas: np.ndarray | None = None,
-) -> Prediction:
+def in_windows(predictor: Predictor, values: np.ndarray, valid: np.ndarray, *, core: int, halo: int) -> Prediction:
     """A scene in windows, and what they say together."""
     _, height, width = values.shape
     rasters, places = [], []
@@ -663,24 +655,16 @@ def in_windows(
             top, left = max(0, row - halo), max(0, col - halo)
             there = slice(top, rows.stop + halo), slice(left, cols.stop + halo)
             own = Window(col - left, row - top, cols.stop - col, rows.stop - row)
-            raster = Raster(
-                values=values[:, *there],
-                valid=valid[there],
-                core=own,
-                areas=None if areas is None else areas[rows, cols],
-            )
-            rasters.append(raster)
+            rasters.append(Raster(values=values[:, *there], valid=valid[there], core=own))
             places.append((rows, cols))
     predictions = only(predictor.predict_windows(rasters))
     label_map = np.zeros((height, width), predictions[0].label_map.dtype)
     for place, prediction in zip(places, predictions, strict=True):
         label_map[place] = prediction.label_map
-    area_sums = [prediction.area_sum for prediction in predictions if prediction.area_sum is not None]
     return Prediction(
         label_map=label_map,
         num_pixels=np.sum([prediction.num_pixels for prediction in predictions], axis=0),
         confidence_sum=np.sum([prediction.confidence_sum for prediction in predictions], axis=0),
-        area_sum=np.sum(area_sums, axis=0) if area_sums else None,
     )
 
 
@@ -691,12 +675,10 @@ def test_windows_with_a_halo_equal_the_whole_scene_to_the_last_pixel(
 ) -> None:
     halo = 24  # 2 pixels and 2 strides around each are looked at, and a stride of those when it is upsampled
     values, valid = scene(height, width, seed=seed), data_mask(height, width, seed)
-    areas = np.random.default_rng(seed).integers(1, 9, (height, width)).astype(np.float64)
     made = with_module(Strided(stride), FOUR_BANDS, stride=stride)
-    (expected,) = only(made.predict_windows([whole(values, valid, areas)]))
-    given_ = in_windows(made, values, valid, core=16 * times, halo=halo, areas=areas)
+    (expected,) = only(made.predict_windows([whole(values, valid)]))
+    given_ = in_windows(made, values, valid, core=16 * times, halo=halo)
     assert_same([given_], [expected], exactly=False)
-    np.testing.assert_array_equal(given_.area_sum, expected.area_sum)
 
 
 def test_without_a_halo_windows_do_not_equal_the_whole_scene() -> None:
@@ -764,15 +746,13 @@ def test_a_raster_of_bytes_is_labelled_like_the_image(channels: Any, tiling: Til
     made = with_module(PerPixel(), preprocessing, tiling=tiling)
     (given_,) = only(made.predict_windows([whole(values)]))
     assert_same([given_], only(made.predict([image])), exactly=False)
-    assert given_.area_sum is None
 
 
-def test_pixels_without_data_are_void_and_count_nowhere() -> None:
+@pytest.mark.parametrize("tiling", [Tiling(), Tiling(size=32, overlap=8)])
+def test_pixels_without_data_are_void_and_count_nowhere(tiling: Tiling) -> None:
     values, valid = scene(40, 60), data_mask(40, 60)
-    core = Window(10, 5, 45, 30)
-    areas = np.random.default_rng(1).random((30, 45))
-    made = with_module(Strided(1), FOUR_BANDS)
-    raster = Raster(values=values, valid=valid, core=core, areas=areas)
+    made = with_module(Strided(1), FOUR_BANDS, tiling=tiling)
+    raster = Raster(values=values, valid=valid, core=Window(10, 5, 45, 30))
     (prediction,) = only(made.predict_windows([raster]))
     inside = valid[5:35, 10:55]
     np.testing.assert_array_equal(prediction.label_map == 255, ~inside)
@@ -780,10 +760,6 @@ def test_pixels_without_data_are_void_and_count_nowhere() -> None:
         prediction.num_pixels, [(prediction.label_map == class_id).sum() for class_id in range(3)]
     )
     assert prediction.num_pixels.sum() == inside.sum()
-    assert prediction.area_sum is not None
-    np.testing.assert_allclose(
-        prediction.area_sum, [areas[prediction.label_map == class_id].sum() for class_id in range(3)]
-    )
     assert (prediction.confidence_sum <= prediction.num_pixels).all()
 
 
@@ -816,30 +792,13 @@ def test_a_core_without_data_is_never_fed() -> None:
     values = np.zeros((3, 20, 30), np.float32)
     valid = np.zeros((20, 30), bool)
     valid[:, :10] = True  # beside the core
-    areas = np.ones((1, 1))
-    rasters = [Raster(values=values, valid=valid, core=Window(10, 0, 20, 15), areas=a) for a in (None, areas)]
-    without, with_areas = only(with_module(rows).predict_windows(rasters))
+    raster = Raster(values=values, valid=valid, core=Window(10, 0, 20, 15))
+    (prediction,) = only(with_module(rows).predict_windows([raster]))
     assert rows.shapes == []
-    for prediction in (without, with_areas):
-        assert (prediction.label_map == 255).all()
-        assert prediction.label_map.shape == (15, 20)
-        assert prediction.num_pixels.tolist() == [0, 0, 0]
-        assert prediction.confidence_sum.tolist() == [0, 0, 0]
-    assert without.area_sum is None
-    assert with_areas.area_sum is not None
-    assert with_areas.area_sum.tolist() == [0, 0, 0]
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (30, 1), (1, 45), (30, 45)])
-@pytest.mark.parametrize("tiling", [Tiling(), Tiling(size=32, overlap=8)])
-def test_areas_are_summed_by_class_in_whatever_form_they_come(shape: tuple[int, ...], tiling: Tiling) -> None:
-    areas = np.random.default_rng(0).random(shape) + 0.5 if shape else np.array(900.25)
-    raster = Raster(values=scene(40, 60), valid=data_mask(40, 60), core=Window(10, 5, 45, 30), areas=areas)
-    (prediction,) = only(with_module(Strided(1), FOUR_BANDS, tiling=tiling).predict_windows([raster]))
-    full = np.broadcast_to(areas, (30, 45))
-    expected = [full[prediction.label_map == class_id].sum() for class_id in range(3)]
-    assert prediction.area_sum is not None
-    np.testing.assert_allclose(prediction.area_sum, expected, rtol=1e-12)
+    assert (prediction.label_map == 255).all()
+    assert prediction.label_map.shape == (15, 20)
+    assert prediction.num_pixels.tolist() == [0, 0, 0]
+    assert prediction.confidence_sum.tolist() == [0, 0, 0]
 
 
 def test_a_raster_with_numbers_that_are_not_finite_is_a_reject_alone() -> None:
@@ -907,7 +866,6 @@ def table_of(rasters: Sequence[Raster | None]) -> pa.Table:
                 f"core_{name}": column(lambda r, name=name: getattr(r.core, name), pa.int32())
                 for name in ("col_off", "row_off", "width", "height")
             },
-            "row_areas": column(lambda r: None if r.areas is None else r.areas[:, 0], pa.list_(pa.float64())),
             "col_off": column(lambda r: 7, pa.int32()),
             "stage": pa.array(["fetch" if raster is None else None for raster in rasters], pa.string()),
             "reason": pa.array(["missing: it is gone" if raster is None else None for raster in rasters], pa.string()),
@@ -916,12 +874,11 @@ def table_of(rasters: Sequence[Raster | None]) -> pa.Table:
 
 
 def test_a_table_of_rasters_gains_label_maps_of_their_cores() -> None:
-    core = Window(10, 5, 45, 30)
     values, valid = scene(40, 60), data_mask(40, 60)
     rasters: list[Raster | None] = [
-        Raster(values=values, valid=valid, core=core, areas=np.full((1, 1), 900.0)),
+        Raster(values=values, valid=valid, core=Window(10, 5, 45, 30)),
         None,
-        Raster(values=values, valid=valid, core=core, areas=np.arange(30.0)[:, None]),
+        Raster(values=values, valid=valid, core=Window(0, 12, 50, 20)),
         whole(values),
         whole(values, np.zeros((40, 60), bool)),
         whole(values * np.float32("nan")),
@@ -930,13 +887,12 @@ def test_a_table_of_rasters_gains_label_maps_of_their_cores() -> None:
     made = with_module(Strided(1), FOUR_BANDS)
     for table in (batch, pa.concat_tables([batch.slice(0, 2), batch.slice(2)])):
         labelled = made(table)
-        assert set(labelled.schema.names) == {
-            *("image_id", "height", "width", "col_off", "label_map", "num_pixels", "confidence_sum", "area_sum"),
-            *("stage", "reason"),
-        }
+        assert sorted(labelled.schema.names) == sorted(
+            ["image_id", "height", "width", "col_off", "label_map", "num_pixels", "confidence_sum", "stage", "reason"]
+        )
         assert labelled["image_id"] == table["image_id"]
-        assert labelled["height"].to_pylist() == [30, None, 30, 40, 40, 40]
-        assert labelled["width"].to_pylist() == [45, None, 45, 60, 60, 60]
+        assert labelled["height"].to_pylist() == [30, None, 20, 40, 40, 40]
+        assert labelled["width"].to_pylist() == [45, None, 50, 60, 60, 60]
         assert labelled["col_off"].to_pylist() == [7, None, 7, 7, 7, 7]
         assert labelled["stage"].to_pylist() == [None, "fetch", None, None, None, "predict"]
         assert labelled["reason"][1].as_py() == "missing: it is gone"
@@ -947,9 +903,7 @@ def test_a_table_of_rasters_gains_label_maps_of_their_cores() -> None:
             assert labelled["label_map"][row].as_py() == expected.label_map.tobytes()
             assert labelled["num_pixels"][row].as_py() == expected.num_pixels.tolist()
             assert labelled["confidence_sum"][row].as_py() == pytest.approx(expected.confidence_sum.tolist())
-            area_sum = labelled["area_sum"][row].as_py()
-            assert area_sum == (None if expected.area_sum is None else expected.area_sum.tolist())
-        for name in ("label_map", "num_pixels", "confidence_sum", "area_sum"):
+        for name in ("label_map", "num_pixels", "confidence_sum"):
             assert labelled[name][1].as_py() is None
             assert labelled[name][5].as_py() is None
 
