@@ -1,5 +1,6 @@
 """Band and Scene: what a scene is, and which of its bands are meant."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -13,7 +14,7 @@ from segray.scene import place
 from segray.scene.place import Grid, Transform
 from segray.tile import Window
 
-__all__ = ["Band", "Listed", "Scene", "chosen", "placed"]
+__all__ = ["Band", "Listed", "Scene", "chosen", "declared_nodata", "placed"]
 
 _DRIFT_PIXELS = 0.01  # by which two grids may turn against each other over a whole scene
 
@@ -33,7 +34,7 @@ class Band:
     offset: float = 0.0
     """That is added then."""
     nodata: float | None = None
-    """The sample that says that there is no data."""
+    """The sample that says that there is no data; NaN always does."""
     alpha: int | None = None
     """The band of the same file that is 0 where there is no data."""
     mask: str | None = None
@@ -136,6 +137,11 @@ class Scene:
 
     def _grid(self, window: Window) -> Grid:
         return Grid(window.height, window.width, self.window_transform(window))
+
+
+def declared_nodata(nodata: float | int | str | None) -> float | None:
+    """Nodata as a file or an item declares it, unless it is NaN: that is never valid, and equals not even itself."""
+    return None if nodata is None or math.isnan(float(nodata)) else float(nodata)
 
 
 Named = TypeVar("Named", Band, Listed)

@@ -12,7 +12,7 @@ from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.transform import from_gcps
 
 from segray.errors import Reject, SettingsError
-from segray.scene.bands import Band, Listed, Scene, chosen, placed
+from segray.scene.bands import Band, Listed, Scene, chosen, declared_nodata, placed
 from segray.scene.gdal import begins_with, fetched, gdal_path, one_line, with_dataset
 from segray.scene.place import Grid, Transform, six
 from segray.scene.stac import in_item, is_item
@@ -146,7 +146,7 @@ def _looked_at(dataset: rasterio.DatasetReader) -> _File:
         _names(dataset.descriptions, colours),
         dataset.scales,
         dataset.offsets,
-        tuple(None if nodata is None else float(nodata) for nodata in dataset.nodatavals),
+        tuple(declared_nodata(nodata) for nodata in dataset.nodatavals),
         colours.index(ColorInterp.alpha) + 1 if ColorInterp.alpha in colours else None,
         None if is_masked else _mask_beside(dataset.name),
     )

@@ -67,6 +67,7 @@ logging.getLogger("rasterio").setLevel(logging.CRITICAL)
 
 _idle: list[tuple[tuple[str, str], rasterio.DatasetReader]] = []  # the newest last
 _idle_lock = threading.Lock()
+_vrt_lock = threading.Lock()
 
 
 def gdal_path(uri: str) -> str:
@@ -107,7 +108,7 @@ def with_dataset(path: str, version: str, action: Callable[[rasterio.DatasetRead
         Reject: it is gone, truncated, corrupt or no raster.
         RunError: the store cannot be reached; nothing is known of the raster.
     """
-    is_remote = path.startswith("/vsi") or path.lower().endswith(".vrt")  # which may name what is remote
+    is_remote = path.startswith("/vsi") or _is_vrt(path)  # which may name what is remote
     num_damaged = 0
     pauses = iter(PAUSES_SECONDS)
     while True:
@@ -131,14 +132,20 @@ def with_dataset(path: str, version: str, action: Callable[[rasterio.DatasetRead
 
 @contextlib.contextmanager
 def opened(path: str, version: str) -> Iterator[rasterio.DatasetReader]:
-    """A dataset that no other thread uses meanwhile; it stays open, with blocks in its cache, for the next window."""
+    """A dataset that no other thread uses meanwhile; it stays open, with blocks in its cache, for the next window.
+
+    VRTs do not, and there is one at a time: while another one is open, GDAL reads zeros, and says nothing, where a
+    file that a VRT names could not be opened before.
+    """
+    if _is_vrt(path):
+        with _vrt_lock, _newly_opened(path) as dataset:
+            yield dataset
+        return
     with _idle_lock:
         position = next((p for p, (key, _) in enumerate(_idle) if key == (path, version)), None)
         dataset = None if position is None else _idle.pop(position)[1]
     if dataset is None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            dataset = rasterio.open(path)
+        dataset = _newly_opened(path)
     try:
         yield dataset
     except BaseException:
@@ -149,6 +156,16 @@ def opened(path: str, version: str) -> Iterator[rasterio.DatasetReader]:
         oldest = _idle.pop(0)[1] if len(_idle) > _MAX_IDLE_DATASETS else None
     if oldest is not None:
         oldest.close()
+
+
+def _newly_opened(path: str) -> rasterio.DatasetReader:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        return rasterio.open(path)
+
+
+def _is_vrt(path: str) -> bool:
+    return path.lower().endswith(".vrt")
 
 
 def fetched(uri: str) -> bytes:
@@ -196,8 +213,11 @@ def _environment(path: str) -> rasterio.Env:
             "AWS_HTTPS": "NO" if parts.scheme == "http" else "YES",
             "AWS_VIRTUAL_HOSTING": "FALSE",
         }
+    options = {name: option for name, option in options.items() if name not in os.environ}
+    # On several threads what is wrong with a tile of JPEG 2000 is lost, and the tile is 0.
+    options["GDAL_NUM_THREADS"] = "1"
     # Another session would hand over credentials once, which GDAL finds, and renews, by itself.
-    return rasterio.Env(DummySession(), **{name: text for name, text in options.items() if name not in os.environ})
+    return rasterio.Env(DummySession(), **options)
 
 
 def _asked(path: str) -> Exception | None:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import pystac
 
 from segray.errors import Reject
-from segray.scene.bands import Listed
+from segray.scene.bands import Listed, declared_nodata
 from segray.scene.gdal import gdal_path, one_line
 
 __all__ = ["in_item", "is_item"]
@@ -102,7 +102,7 @@ def _named(paths: Mapping[str, str], declared: Mapping[str, list[dict[str, Any]]
                 (by_key,),
                 band.get("scale"),
                 band.get("offset"),
-                None if band.get("nodata") is None else float(band["nodata"]),
+                declared_nodata(band.get("nodata")),
                 is_other,
             )
     # Three bands of Sentinel-2 are all called `rededge`: such a name tells none of them.
