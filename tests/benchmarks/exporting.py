@@ -71,8 +71,8 @@ def main() -> None:
             num_polygons = pq.read_metadata(written[".parquet"]).num_rows
             rate = num_pixels / cpu_seconds / 1e6
             print(
-                f"{name}: {side:,} × {side:,}, {num_polygons:,} polygons in {seconds:.0f} s, {cpu_seconds:.0f} s of a CPU"
-                f" ({rate:.1f} Mpixel/s), peak {used.ru_maxrss >> 10:,} MiB; {sizes}",
+                f"{name}: {side:,} × {side:,}, {num_polygons:,} polygons in {seconds:.0f} s, {cpu_seconds:.0f} s of a "
+                f"CPU ({rate:.1f} Mpixel/s), peak {used.ru_maxrss >> 10:,} MiB; {sizes}",
                 flush=True,
             )
 
