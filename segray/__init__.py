@@ -34,6 +34,9 @@ The modules, in the order in which data meets them:
     report      a label store as a page
     compact     a label store, its small parts merged
     verify      a label store, read back and proved
+    polygons    label maps of windows → polygons of a scene
+    cog         label maps of windows → a Cloud-Optimised GeoTIFF
+    export      labelled scenes for a GIS
     demo        drawn scenes with exact targets
     lock        one writer at a time
     retry       faults that pass

@@ -6,13 +6,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from segray.compact import Compact, compact
 from segray.errors import Locked, RunError, SettingsError, SinkError
 from segray.lock import hold
-from segray.sink import Sink
+from segray.sink import OPTIONAL, Sink
 from tests.test_sink import CLASSES, rows
 
 TABLES = ("label_maps", "statistics", "rejects")
@@ -53,6 +54,39 @@ def test_small_parts_become_one_and_its_rows_are_the_same(store: Path, capsys: p
     files = {path: path.stat().st_mtime_ns for table in TABLES for path in (store / table).rglob("*.parquet")}
     compact(Compact(sink=str(store)))
     assert {path: path.stat().st_mtime_ns for path in files} == files, "one part is not merged with itself"
+
+
+def test_what_an_earlier_version_wrote_is_merged_with_windows_of_scenes(tmp_path: Path) -> None:
+    sink = Sink(str(tmp_path), "r1")
+    sink.write_json("recipes/r1.json", {"classes": CLASSES.to_dict()})
+    [*_] = sink.write(rows("old-a", "old-b"), CLASSES, "old")
+    told: dict[str, dict[str, Any]] = {
+        "label_maps": {"scene": "s.tif", "col_off": 64, "transform_a": 10.0},
+        "statistics": {"area_m2": 1.5},
+    }
+    for table in told:
+        [part] = (tmp_path / table / "recipe=r1").iterdir()
+        earlier = pq.read_table(part, partitioning=None)
+        pq.write_table(earlier.drop_columns([*OPTIONAL & set(earlier.column_names)]), part)
+    [*_] = sink.write(rows("new"), CLASSES, "new")
+    for table, columns in told.items():
+        [part] = [
+            path
+            for path in (tmp_path / table / "recipe=r1").iterdir()
+            if "new" in pq.read_table(path, partitioning=None)["uri"].to_pylist()
+        ]
+        new = pq.read_table(part, partitioning=None)
+        pq.write_table(pa.Table.from_pylist([row | columns for row in new.to_pylist()], new.schema), part)
+    [*_] = sink.write(rows("old-a"), CLASSES, "twice")  # which is dropped, and so a part of the old ones rewritten
+    compact(Compact(sink=str(tmp_path)))
+    for table, columns in told.items():
+        [part] = (tmp_path / table / "recipe=r1").iterdir()
+        merged = pq.read_table(part, partitioning=None).to_pylist()
+        assert {row["uri"] for row in merged} == {"old-a", "old-b", "new"}
+        for row in merged:
+            assert [row[name] for name in columns] == [
+                value if row["uri"] == "new" else None for value in columns.values()
+            ]
 
 
 def test_parts_stay_within_their_bounds(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from segray.cli import main
 from segray.errors import Locked, RunError, SettingsError, SinkError, SourceError
 from segray.labelmap import encode_png
 from segray.lock import hold
-from segray.sink import LABEL_MAPS, LABELLED, REJECTS, STATISTICS, Sink, part_name
+from segray.sink import LABEL_MAPS, LABELLED, OPTIONAL, REJECTS, STATISTICS, Sink, part_name
 from segray.source import Source, fetch, image_id
 from segray.store import LabelStore
 from segray.verify import Verify, _count, verify
@@ -102,6 +102,29 @@ def test_a_store_that_is_whole_passes_and_says_what_was_checked(
         **{"problems": "0", "files moved to quarantine": "0"},
     }
     assert files(store) == before
+
+
+def test_what_an_earlier_version_wrote_passes(store: Path) -> None:
+    for kind in ("label_maps", "statistics"):
+        path = part(store, kind, "d", "e")
+        table = pq.read_table(path, partitioning=None)
+        pq.write_table(table.drop_columns([*OPTIONAL & set(table.column_names)]), path)
+    verify(Verify(sink=str(store)))
+
+
+def test_a_window_of_a_scene_may_hold_no_data_and_a_plain_image_may_not(
+    store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    label_map = np.repeat(np.array([0, 1, 2, 255], np.uint8), [4, 4, 4, 12]).reshape(4, 6)
+    path, statistics = part(store, "label_maps", "d", "e"), part(store, "statistics", "d", "e")
+    tamper(path, "label_map", encode_png(label_map, CLASSES.palette), LABEL_MAPS)
+    for row in (3, 4, 5):
+        tamper(statistics, "num_pixels", 4, STATISTICS, row)
+        tamper(statistics, "fraction", 4 / 12, STATISTICS, row)
+    out, _ = fails(capsys, store, 1)
+    assert "e: the label map holds the id 255, and there are 3 classes" in out
+    tamper(path, "scene", "scene.tif", LABEL_MAPS)
+    verify(Verify(sink=str(store)))
 
 
 def truncate(path: Path) -> None:
