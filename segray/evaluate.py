@@ -297,12 +297,13 @@ def _match(
                     f"{min(whole, other)} and {max(whole, other)} are both called {name!r}, like the target "
                     f"{targets[name][0]}; label them into sinks of their own"
                 )
-            newest[name] = max((run_id, version), newest.get(name, ("", "")))
-            image_ids.setdefault((name, version), []).append(image_id)
+            state = image_id if scene is None else version  # which the windows of a scene share
+            newest[name] = max((run_id, state), newest.get(name, ("", "")))
+            image_ids.setdefault((name, state), []).append(image_id)
     if not named and not unmatched.count:
         raise SinkError(f"{store.uri}: recipe {recipe_id} has no label maps; {store.other_recipes(recipe_id)}")
     target_of = {
-        image_id: targets[name][0] for name, (_, version) in newest.items() for image_id in image_ids[name, version]
+        image_id: targets[name][0] for name, (_, state) in newest.items() for image_id in image_ids[name, state]
     }
     return target_of, unmatched, set(named)
 
