@@ -535,24 +535,26 @@ def _rasters(
     except ImportError as error:
         raise SettingsError(f"--format raster needs the extra geo: pip install 'segray[geo]' ({error})") from error
 
-    samples = np.where(is_seen[:, :, None], 256 * image.astype(np.uint16) + 1, 0).transpose(2, 0, 1)
-    ids = np.where(is_seen, target, CLASSES.ignore_index).astype(np.uint8)[None]
+    height, width = target.shape
     transform = rasterio.Affine(_PIXEL_METRES, 0, _ORIGIN[0], 0, -_PIXEL_METRES, _ORIGIN[1])
-    encoded_rasters = []
-    for bands, nodata in ((samples, 0), (ids, CLASSES.ignore_index)):
-        count, height, width = bands.shape
-        form = {"driver": "COG", "crs": _CRS, "transform": transform, "compress": "deflate"}
-        with rasterio.MemoryFile() as file:
-            with file.open(**form, count=count, height=height, width=width, dtype=bands.dtype, nodata=nodata) as raster:
-                raster.write(bands)
-                if bands is samples:
-                    raster.descriptions = ("red", "green", "blue", "nir")
-                    raster.colorinterp = (ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.undefined)
-                    raster.scales, raster.offsets = (1 / 256,) * 4, (-1 / 256,) * 4
-                else:
-                    raster.write_colormap(1, dict(enumerate(CLASSES.palette)))
-            encoded_rasters.append(file.read())
-    return encoded_rasters[0], encoded_rasters[1]
+    form = {
+        "driver": "COG",
+        "height": height,
+        "width": width,
+        "crs": _CRS,
+        "transform": transform,
+        "compress": "deflate",
+    }
+    with rasterio.MemoryFile() as fields, rasterio.MemoryFile() as targets:
+        with fields.open(**form, count=4, dtype=np.uint16, nodata=0) as raster:
+            raster.write(np.where(is_seen[:, :, None], 256 * image.astype(np.uint16) + 1, 0).transpose(2, 0, 1))
+            raster.descriptions = ("red", "green", "blue", "nir")
+            raster.colorinterp = (ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.undefined)
+            raster.scales, raster.offsets = (1 / 256,) * 4, (-1 / 256,) * 4
+        with targets.open(**form, count=1, dtype=np.uint8, nodata=CLASSES.ignore_index) as raster:
+            raster.write(np.where(is_seen, target, CLASSES.ignore_index).astype(np.uint8), 1)
+            raster.write_colormap(1, dict(enumerate(CLASSES.palette)))
+        return fields.read(), targets.read()
 
 
 def _write(uri: str, data: bytes) -> None:
