@@ -252,8 +252,10 @@ def _list_targets(uri: str, suffixes: tuple[str, ...]) -> tuple[Any, dict[str, l
         if path.lower().endswith(suffixes):
             targets.setdefault(PurePosixPath(path).stem, []).append(path)
     if not targets:
-        wanted = "label PNGs named like the images" if suffixes == _PNG else "GeoTIFFs (*.tif) named like the scenes"
-        raise SourceError(f"{uri}: there is no {suffixes[0]}; give a folder or prefix of {wanted}")
+        kind, wanted = ("PNG", "label PNGs named like the images")
+        if suffixes == _GEOTIFF:
+            kind, wanted = ("GeoTIFF (*.tif)", "GeoTIFFs of class ids named like the scenes")
+        raise SourceError(f"{uri}: there is no {kind}; give a folder or prefix of {wanted}")
     return filesystem, targets
 
 

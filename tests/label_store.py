@@ -38,7 +38,7 @@ class Image:
 
 def windows(raster: Path, label_map: np.ndarray, size: int, pixel_area_m2: float = 1.0) -> list[Image]:
     """The windows of a raster, each with its part of the label map."""
-    scene = describe(f"file://{raster}", "1")
+    scene = describe(f"file://{raster}", "")
     images = []
     for core in cores(scene.height, scene.width, size):
         transform, bounds = scene.window_transform(core), scene.bounds(core)

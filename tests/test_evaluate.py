@@ -320,7 +320,7 @@ def test_a_target_that_is_no_raster_of_ids_is_named(
     tmp_path: Path, labelled_scene: tuple[np.ndarray, np.ndarray]
 ) -> None:
     (tmp_path / "targets").mkdir()
-    with pytest.raises(SourceError, match=r"there is no \.tif; give a folder or prefix of GeoTIFFs"):
+    with pytest.raises(SourceError, match=r"there is no GeoTIFF \(\*\.tif\); give a folder or prefix of GeoTIFFs"):
         evaluate(job(tmp_path))
     write_raster(tmp_path / "targets/field.tif", np.zeros((3, 40, 50), np.uint8))
     with pytest.raises(RunError, match=r"field\.tif: the target has 3 bands; one with the class ids is wanted"):
