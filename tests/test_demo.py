@@ -199,8 +199,8 @@ def test_the_raster_is_labelled_exported_evaluated_and_shown(tmp_path: Path, ray
     verify(Verify(sink=labels, source=rasters))
     result = evaluate(Evaluate(sink=labels, targets=str(tmp_path / "targets"))).to_dict()
     assert (result["num_images"], result["images_without_target"]["count"]) == (9, 0)
-    assert result["miou"] > 0.75
-    assert result["pixel_accuracy"] > 0.9
+    assert result["miou"] > 0.65
+    assert result["pixel_accuracy"] > 0.88
 
     _, target, is_seen = mosaic(range(2_000_000, 2_000_004))
     assert result["num_pixels"] == is_seen.sum()

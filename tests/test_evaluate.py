@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -305,7 +306,7 @@ def test_void_in_the_target_of_a_scene_is_nodata_and_the_ignore_index(
 )
 def test_a_target_on_another_grid_is_an_error_that_names_both(
     shape: tuple[int, int],
-    form: dict[str, object],
+    form: dict[str, Any],
     wrong: str,
     tmp_path: Path,
     labelled_scene: tuple[np.ndarray, np.ndarray],

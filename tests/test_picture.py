@@ -36,7 +36,8 @@ def test_red_green_and_blue_are_shown_in_this_order(tmp_path: Path) -> None:
     bands = Preprocessing(channels=("nir", "red"), mean=(0, 0), std=(1, 1))
     _, right, *_ = rows(raster)
     seen = picture(right, bands)
-    assert (seen.shape, seen.dtype) == ((32, 18, 3), np.uint8)
+    assert seen.shape == (32, 18, 3)
+    assert seen.dtype == np.uint8
     part = values[[3, 2, 1], :32, 32:].astype(np.float32)
     valid = np.broadcast_to(np.arange(18) < 8, (32, 18))
     np.testing.assert_array_equal(seen, stretched(part, valid))
@@ -64,7 +65,7 @@ def test_the_window_is_on_the_grid_of_the_first_band_that_the_model_saw(tmp_path
         name: {"href": f"{name}.tif", "type": "image/tiff; application=geotiff", "bands": [{"name": name}]}
         for name in ("red", "green", "blue", "swir")
     }
-    item = {
+    item: dict[str, Any] = {
         **{"type": "Feature", "stac_version": "1.1.0", "id": "i", "geometry": None, "links": [], "assets": assets},
         "properties": {"datetime": "2026-06-01T00:00:00Z"},
     }

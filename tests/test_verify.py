@@ -526,7 +526,7 @@ def test_every_window_of_the_sources_scenes_is_labelled_or_the_scene_rejected(
     [entries] = Source(str(tmp_path / "scenes"), of_scenes=True).entries()
     scene, broken = zip(entries["uri"].to_pylist(), entries["version"].to_pylist(), strict=True)
     windows = [(f"{scene[0]}#{core}", scene[1]) for core in cores]
-    recipe = {"scenes": {"size": 32, "halo": 4, "area": area}, "preprocessing": {"channels": "RGB"}}
+    recipe: dict[str, Any] = {"scenes": {"size": 32, "halo": 4, "area": area}, "preprocessing": {"channels": "RGB"}}
     sink = tmp_path / "labels"
     write(str(sink), rows(*windows[1:]), rows(broken, reject="not a raster: b.tif"), **recipe)
     printed, error = fails(capsys, sink, 1, source=str(tmp_path / "scenes"))
