@@ -6,6 +6,8 @@ The modules, in the order in which data meets them:
     source      URI → what is there, and its bytes
     decode      bytes → image, or a reject
     tile        Window, Tiling, windows(height, width)
+    scene       rasters with a place on Earth, and their pixels, a window at a time
+    cut         scenes → windows: which there are, and reading them
     preprocessing  what a model is fed, and which bands of a scene that is
     onnxgraph   ONNX files → what describes them, and a module
     model       name or checkpoint → module, Classes, preprocessing
@@ -32,6 +34,10 @@ The modules, in the order in which data meets them:
     curves      a training as a page
     evaluate    a label store against targets
     report      a label store as a page
+    picture     windows of scenes, as a person can look at them
+    export      labelled scenes for a GIS
+    cog         label maps of windows → Cloud-Optimised GeoTIFF
+    polygons    label maps of windows → polygons
     compact     a label store, its small parts merged
     verify      a label store, read back and proved
     polygons    label maps of windows → polygons of a scene

@@ -13,7 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 from segray.compact import Compact, compact
 from segray.errors import Locked, RunError, SettingsError, SinkError
 from segray.lock import hold
-from segray.sink import OPTIONAL, Sink
+from segray.sink import LABEL_MAPS, OPTIONAL, STATISTICS, Sink
 from tests.test_sink import CLASSES, rows
 
 TABLES = ("label_maps", "statistics", "rejects")
@@ -155,3 +155,35 @@ def test_what_is_not_there_is_refused(store: Path, tmp_path: Path) -> None:
         compact(dataclasses.replace(job, sink=str(tmp_path / "nowhere")))
     with pytest.raises(SettingsError, match="--wait -1"):
         dataclasses.replace(job, wait=-1)
+
+
+def test_what_tells_of_scenes_is_kept_beside_parts_of_an_earlier_version(tmp_path: Path) -> None:
+    sink = Sink(str(tmp_path), "r1")
+    sink.write_json("recipes/r1.json", {"classes": CLASSES.to_dict()})
+    for night in range(3):
+        place = {"scene": f"s{night}.tif", "col_off": night, "row_off": 7, "crs": "EPSG:32633"}
+        place |= {f"transform_{letter}": float(night) for letter in "abcdef"}
+        place |= dict.fromkeys(("west", "south", "east", "north"), night / 3)
+        table = rows(f"s{night}.tif#{night},7,3,2")
+        for name, value in place.items():
+            table = table.append_column(LABEL_MAPS.field(name), pa.array([value], LABEL_MAPS.field(name).type))
+        [*_] = sink.write(table.append_column("area_sum", pa.array([[4.5, 0.0, 2.5]])), CLASSES, f"night-{night}")
+    [*_] = sink.write(rows("a"), CLASSES, "night-3")
+    for table in ("label_maps", "statistics"):  # as an earlier version wrote it
+        [path] = [
+            path for path in (tmp_path / table).rglob("*.parquet") if "a" in pq.read_table(path)["uri"].to_pylist()
+        ]
+        old = pq.read_table(path, partitioning=None)
+        pq.write_table(old.drop_columns([name for name in old.column_names if name in OPTIONAL]), path)
+
+    def everything(table: str) -> pa.Table:
+        schema = LABEL_MAPS if table == "label_maps" else STATISTICS
+        found = pads.dataset(tmp_path / table, schema=schema, format="parquet").to_table()
+        return found.sort_by([(column, "ascending") for column in ("uri", "class_id")[: 1 + (table == "statistics")]])
+
+    before = {table: everything(table) for table in ("label_maps", "statistics")}
+    compact(Compact(sink=str(tmp_path)))
+    assert parts(tmp_path) == {"label_maps": 1, "statistics": 1, "rejects": 0}
+    assert {table: everything(table) for table in before} == before
+    assert before["label_maps"]["scene"].to_pylist() == [None, "s0.tif", "s1.tif", "s2.tif"]
+    assert before["statistics"]["area_m2"].to_pylist() == [None, None, *[4.5, 2.5] * 3]
