@@ -293,9 +293,18 @@ def described(
             scene = scene.select(match([band.name for band in scene.bands]))
     except SettingsError as error:
         raise Reject("decode", "bands missing", str(error)) from error
-    told = {"scale": scenes.scale, "offset": scenes.offset, "nodata": scenes.nodata}
-    told = {name: value for name, value in told.items() if value is not None}
-    return replace(scene, bands=tuple(replace(band, **told) for band in scene.bands))
+    return replace(
+        scene,
+        bands=tuple(
+            replace(
+                band,
+                scale=band.scale if scenes.scale is None else scenes.scale,
+                offset=band.offset if scenes.offset is None else scenes.offset,
+                nodata=band.nodata if scenes.nodata is None else scenes.nodata,
+            )
+            for band in scene.bands
+        ),
+    )
 
 
 class _StacIo(DefaultStacIO):

@@ -69,7 +69,7 @@ class Area:
     def touches(self, scene: Scene, size: int) -> Bool[np.ndarray, "rows cols"]:
         """Which windows of a scene's grid it touches."""
         shape = -(-scene.height // size), -(-scene.width // size)
-        return self._mask(scene, shape, Affine(*scene.transform) * Affine.scale(size), all_touched=True)
+        return self._mask(scene, shape, Affine(*scene.transform) @ Affine.scale(size), all_touched=True)
 
     def covers(self, scene: Scene, window: Window) -> Bool[np.ndarray, "height width"]:
         """Which pixels of a window have their centre in it."""

@@ -1,10 +1,8 @@
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import fsspec
 import numpy as np
@@ -17,6 +15,7 @@ from segray.scene import read
 from segray.source import Source
 from segray.tile import Scenes, Window
 from tests.s3 import BUCKET, Server
+from tests.stac import NUM_FOUND, Api, item, items, serving
 from tests.test_scene import asset, draw, item_of, numbers
 
 FIELD = {"type": "Polygon", "coordinates": [[[-87.5, 30.5], [-87.4, 30.5], [-87.4, 30.6], [-87.5, 30.5]]]}
@@ -35,21 +34,10 @@ def versions(uri: str, **how: Any) -> list[str]:
     return [row["version"] for row in listed(SceneSource(uri, **how))]
 
 
-def item(name: str, *, self_link: str | None = None, href: str = "a.tif", updated: str | None = None) -> dict[str, Any]:
-    fields = item_of({"red": asset(href, "B4=red")}) | {"id": name, "collection": "s2"}
-    fields["properties"] |= {"updated": updated} if updated else {}
-    fields["links"] = [{"rel": "self", "href": self_link}] if self_link else []
-    return fields
-
-
 def write(path: Path, fields: Any) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(fields))
     return str(path)
-
-
-def items(*features: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return {"type": "FeatureCollection", "features": list(features), **more}
 
 
 # Folders
@@ -74,7 +62,7 @@ def test_a_folder_holds_rasters_items_and_results_and_other_json_is_counted(tmp_
         f"file://{raster}",
     ]
     assert source.num_other == 6
-    assert rows[0]["version"] == rows[0]["version"] == versions(one)[0]
+    assert rows[0]["version"] == versions(one)[0]
     assert rows[3]["version"] == versions(raster)[0]
 
 
@@ -272,7 +260,8 @@ def test_a_catalog_is_walked_on_disk(tmp_path: Path) -> None:
     assert [row["uri"] for row in rows] == [
         f"file://{tmp_path}/{name}.json" for name in ("s2/a/a", "s2/b/b", "l8/gone/gone")
     ]
-    assert [row["version"] for row in rows] == [*versions(str(tmp_path / "s2")), None]
+    in_folder = {row["uri"]: row["version"] for row in listed(SceneSource(str(tmp_path / "s2")))}
+    assert {row["uri"]: row["version"] for row in rows} == in_folder | {rows[2]["uri"]: None}
     assert uris(str(tmp_path / "s2" / "collection.json")) == [row["uri"] for row in rows[:2]]
 
 
@@ -296,84 +285,25 @@ def test_a_catalog_is_walked_over_http(tmp_path: Path) -> None:
         def log_message(self, *args: Any) -> None:
             pass
 
-    for root in serving(Files):
+    with serving(Files) as root:
         rows = listed(SceneSource(f"{root}/catalog.json"))
         assert [row["uri"] for row in rows] == [f"{root}/{name}.json" for name in ("s2/a/a", "s2/b/b", "l8/gone/gone")]
         assert [bool(row["version"]) for row in rows] == [True, True, False]
 
 
-def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
 # APIs
-
-_PAGE = 2
-_FOUND = 5
-
-
-class Api(BaseHTTPRequestHandler):
-    """A STAC API: five items, two a page; what it was asked is kept."""
-
-    asked: list[tuple[str, str, dict[str, Any]]]
-
-    def do_GET(self) -> None:
-        parts = urlsplit(self.path)
-        self.answer(parts.path, {name: value for name, [value] in parse_qs(parts.query).items()})
-
-    def do_POST(self) -> None:
-        self.answer(self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-    def answer(self, path: str, wanted: dict[str, Any]) -> None:
-        root = f"http://{self.headers['Host']}"
-        type(self).asked.append((self.command, path, wanted))
-        found: dict[str, Any]
-        if path == "/":
-            links = [{"rel": "search", "href": f"{root}/search"}]
-            found = {"type": "Catalog", "stac_version": "1.0.0", "id": "api", "description": "d", "links": links}
-        elif path == "/collections/s2":
-            links = [{"rel": "items", "href": f"{root}/collections/s2/items"}]
-            found = {"type": "Collection", "stac_version": "1.0.0", "id": "s2", "links": links}
-        elif path in ("/search", "/collections/s2/items"):
-            first = int(wanted.get("token", 0))
-            last = 0 if "empty" in str(wanted.get("collections")) else _FOUND
-            some = range(first, min(first + _PAGE, last))
-            following = {"rel": "next", "method": self.command, "href": f"{root}{path}"}
-            if self.command == "POST":
-                following |= {"body": {"token": first + _PAGE}, "merge": True}
-            else:
-                following["href"] += f"?token={first + _PAGE}"
-            link = f"{root}/collections/s2/items/"
-            found = items(
-                *(item(str(index), self_link=f"{link}{index}", updated="2026-11-22T00:00:00Z") for index in some),
-                links=[following] if first + _PAGE < last else [],
-            )
-        else:
-            self.send_error(404)
-            return
-        body = json.dumps(found).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args: Any) -> None:
-        pass
 
 
 @pytest.fixture
 def api() -> Iterator[str]:
-    Api.asked = []
-    yield from serving(Api)
+    Api.asked.clear()
+    with serving(Api) as root:
+        yield root
 
 
 def test_a_search_gives_every_item_of_every_page(api: str) -> None:
     rows = listed(SceneSource(f"{api}/search?collections=s2,l8&datetime=2026-11-22/..&bbox=-88,30,-87,31&limit=2"))
-    assert [row["uri"] for row in rows] == [f"{api}/collections/s2/items/{index}" for index in range(_FOUND)]
+    assert [row["uri"] for row in rows] == [f"{api}/collections/s2/items/{index}" for index in range(NUM_FOUND)]
     assert {row["version"] for row in rows} == {"2026-11-22T00:00:00Z"}
     assert all(json.loads(row["item"])["assets"] for row in rows)
     method, path, wanted = Api.asked[0]
@@ -383,7 +313,7 @@ def test_a_search_gives_every_item_of_every_page(api: str) -> None:
 
 
 def test_a_search_asks_for_the_area_unless_it_names_one(api: str) -> None:
-    assert len(uris(f"{api}/search?collections=s2", area=FIELD)) == _FOUND
+    assert len(uris(f"{api}/search?collections=s2", area=FIELD)) == NUM_FOUND
     assert Api.asked[0] == ("POST", "/search", {"collections": ["s2"], "intersects": FIELD})
     Api.asked.clear()
     uris(f"{api}/search?collections=s2&bbox=0,0,1,1", area=FIELD)
@@ -393,7 +323,7 @@ def test_a_search_asks_for_the_area_unless_it_names_one(api: str) -> None:
 def test_a_collection_of_an_api_is_all_of_its_items_or_those_near_the_area(api: str) -> None:
     for url in (f"{api}/collections/s2", f"{api}/collections/s2/items"):
         Api.asked.clear()
-        assert len(uris(url, area=FIELD)) == _FOUND
+        assert len(uris(url, area=FIELD)) == NUM_FOUND
         *_, (_, path, wanted) = [asked for asked in Api.asked if "bbox" in asked[2]]
         assert (path, wanted["bbox"]) == ("/collections/s2/items", "-87.5,30.5,-87.4,30.6")
 
