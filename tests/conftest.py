@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAYDATA_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 
 import jaxtyping
 import numpy as np
@@ -29,15 +29,15 @@ from segray.classes import Classes
 from segray.model import Checkpoint, Preprocessing
 from tests.s3 import Server
 
-DATA = Path(os.environ.get("SEGRAY_TESTDATA", Path(__file__).parents[1] / "../shared/data")).resolve()
+_DATA = Path(os.environ.get("SEGRAY_TEST_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
 
 
 @pytest.fixture(scope="session")
 def camvid() -> Path:
     """CamVid: `val` and `train` with 480×360 frames, `valannot` and `trainannot` with their targets."""
-    folder = DATA / "camvid"
+    folder = _DATA / "camvid"
     if not folder.is_dir():
-        pytest.skip(f"no CamVid at {folder}; SEGRAY_TESTDATA names the folder that holds it")
+        pytest.skip(f"no CamVid at {folder}; SEGRAY_TEST_DATA names the folder that holds it")
     return folder
 
 

@@ -39,11 +39,11 @@ from segray.predict import Prediction, Predictor
 from segray.scene import describe
 from segray.tile import Scenes, Tiling, Window
 from tests.awful import awful_files
-from tests.conftest import DATA, random_checkpoint
+from tests.conftest import _DATA, random_checkpoint
 from tests.graphs import BANDS, convolutions, described, write
 from tests.label_store import newest_run
 from tests.s3 import Server
-from tests.stac import Api, serving
+from tests.stac import Api, items, serving
 from tests.test_scene import asset, draw, item_of, numbers
 
 NUM_FRAMES = 101
@@ -368,9 +368,9 @@ def test_an_onnx_model_labels_in_the_same_actors(photos: Path, tmp_path: Path, r
 @pytest.fixture(scope="session")
 def landsat() -> Path:
     """A part of a Landsat 8 scene: a file a band, and its MTL file."""
-    if not (DATA / "landsat8-cloudy").is_dir():
-        pytest.skip(f"no Landsat scene at {DATA}; SEGRAY_TEST_DATA names the folder that holds it")
-    return DATA / "landsat8-cloudy"
+    if not (_DATA / "landsat8-cloudy").is_dir():
+        pytest.skip(f"no Landsat scene at {_DATA}; SEGRAY_TEST_DATA names the folder that holds it")
+    return _DATA / "landsat8-cloudy"
 
 
 def reflectance(mtl: Path) -> tuple[float, float]:
@@ -415,9 +415,8 @@ def test_clouds_of_a_landsat_scene_on_s3_are_labelled_by_the_published_model(
 
 def test_a_search_labels_what_is_new_in_the_area_alone(tmp_path: Path, ray_cluster: None) -> None:
     draw(tmp_path / "a.tif", np.stack([numbers(64, 96, seed=band) for band in range(4)]) % 4)
-    one = {"type": "FeatureCollection", "features": []}
-    one["features"] = [item_of({"data": asset(str(tmp_path / "a.tif"), *(f"{name}={name}" for name in BANDS))})]
-    (tmp_path / "results.json").write_text(json.dumps(one))
+    one = item_of({"data": asset(str(tmp_path / "a.tif"), *(f"{name}={name}" for name in BANDS))})
+    (tmp_path / "results.json").write_text(json.dumps(items(one)))
     left = describe(str(tmp_path / "a.tif"), "1").bounds(Window(0, 0, 20, 64))
     ring = [[left[0], left[1]], [left[2], left[1]], [left[2], left[3]], [left[0], left[3]], [left[0], left[1]]]
     (tmp_path / "area.json").write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
