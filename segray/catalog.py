@@ -162,7 +162,7 @@ class SceneSource:
                 )
             return lambda: (_of_item(item, uri) for item in fields["features"])
         if kind == "catalog":
-            links = {link["rel"]: link["href"] for link in fields.get("links", ())}
+            links = {link.get("rel"): link.get("href") for link in fields.get("links", ())}
             if "items" in links:
                 self.is_search = True
                 return lambda: self._found(urljoin(uri, links["items"]))

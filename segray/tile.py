@@ -1,6 +1,6 @@
 """Window, Tiling, Scenes: how what is too large for the model, or for the memory, is cut."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from segray.errors import SettingsError
@@ -101,7 +101,7 @@ class Scenes:
             raise SettingsError(f"scenes.size {self.size}: must be at least 1 pixel")
         if self.halo < 0:
             raise SettingsError(f"scenes.halo {self.halo}: must be at least 0 pixels")
-        if self.size is None and self != Scenes():
+        if self.size is None and any(getattr(self, field.name) != field.default for field in fields(self)):
             raise SettingsError("other settings of scenes come with scenes.size; give it, such as 1024")
         names = [text.partition("=")[0] for text in self.bands]
         if not all(names) or not all(self.calls.values()):
