@@ -4,6 +4,7 @@ The modules, in the order in which data meets them:
 
     classes     Classes: ids, names, palette, ignore_index
     source      URI → what is there, and its bytes
+    catalog     URI → which scenes there are, and a look at each
     decode      bytes → image, or a reject
     tile        Window, Tiling, windows(height, width)
     scene       rasters with a place on Earth, and their pixels, a window at a time

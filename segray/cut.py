@@ -14,9 +14,10 @@ from jaxtyping import Bool, Float64, UInt
 from rasterio.features import geometry_mask
 from rasterio.warp import transform_geom
 
+from segray.catalog import described, scene_version
 from segray.errors import Reject, SettingsError
-from segray.scene import Scene, describe, read
-from segray.source import ENTRIES, image_id, look_up
+from segray.scene import Scene, read
+from segray.source import ENTRIES, image_id
 from segray.tile import Scenes, Window, cores
 
 __all__ = ["WINDOWS", "Area", "areas_by_class", "read_windows", "windows_of"]
@@ -60,10 +61,15 @@ class Area:
             raise SettingsError(f"--scenes.area {uri} is no GeoJSON file of polygons: {error!r}") from error
         return cls(tuple(geometries))
 
+    def to_dict(self) -> dict[str, Any]:
+        """It as one geometry of GeoJSON."""
+        parts = [[one["coordinates"]] if one["type"] == "Polygon" else one["coordinates"] for one in self.geometries]
+        return {"type": "MultiPolygon", "coordinates": [polygon for part in parts for polygon in part]}
+
     def touches(self, scene: Scene, size: int) -> Bool[np.ndarray, "rows cols"]:
         """Which windows of a scene's grid it touches."""
         shape = -(-scene.height // size), -(-scene.width // size)
-        return self._mask(scene, shape, Affine(*scene.transform) * Affine.scale(size), all_touched=True)
+        return self._mask(scene, shape, Affine(*scene.transform) @ Affine.scale(size), all_touched=True)
 
     def covers(self, scene: Scene, window: Window) -> Bool[np.ndarray, "height width"]:
         """Which pixels of a window have their centre in it."""
@@ -83,7 +89,7 @@ def windows_of(
     """The windows of a scene, row by row, or the scene as a reject.
 
     Args:
-        entry: its `uri` and `version`.
+        entry: a row with the schema `catalog.SCENES`.
         scenes: how it is cut.
         area: what of it is wanted. None: all.
         match: the bands that a model is fed, of those that are there.
@@ -91,16 +97,13 @@ def windows_of(
     Returns:
         A table with the schema `WINDOWS`.
     """
-    uri, version = entry["uri"], look_up(entry)
+    uri, version = entry["uri"], entry["version"] or scene_version(entry["uri"], scenes.calls)
     assert scenes.size is not None
     try:
         if isinstance(version, Reject):
             raise version
-        scene = describe(uri, version)
-        try:
-            scene = scene.select(match([band.name for band in scene.bands]))
-        except SettingsError as error:
-            raise Reject("decode", "other bands", str(error)) from error
+        item = None if entry["item"] is None else json.loads(entry["item"])
+        scene = described(uri, version, item, scenes, match)
     except Reject as reject:
         row = {"uri": uri, "version": entry["version"], "stage": reject.stage, "reason": reject.reason}
         return pa.Table.from_pylist([row], WINDOWS)

@@ -63,7 +63,8 @@ class Label:
     """
 
     source: Positional[str]
-    """Images: a folder, prefix or glob, a file, tar or Parquet shards, or a manifest (Parquet, CSV, text) of URIs."""
+    """Images: a folder, prefix or glob, a file, tar or Parquet shards, or a manifest (Parquet, CSV, text) of URIs.
+    With --scenes.size scenes: likewise rasters, {band} for a file a band, and STAC items, catalogs and searches."""
 
     sink: Positional[str]
     """Folder or prefix of the label store; images that it already holds are skipped."""
@@ -199,14 +200,8 @@ def label(job: Label) -> None:
     from segray.lock import hold
     from segray.session import root_cause, session
     from segray.sink import PartSink, Sink
-    from segray.source import Source
 
-    source = Source(job.source, job.column, of_scenes=job.scenes.size is not None)
-    if next(source.entries(), None) is None:
-        raise SourceError(
-            f"{source.uri} holds no images and no shards"
-            + (f", only {source.num_other} files of other kinds" if source.num_other else "")
-        )
+    source = _source(job)
     checkpoint = model.load(job.model, job.weights, job.classes)
     job = _fitted(job, checkpoint)
     for notice in model.notices(checkpoint):
@@ -284,6 +279,32 @@ def label(job: Label) -> None:
         )
 
 
+def _source(job: Label) -> Any:
+    """What SOURCE names.
+
+    Raises:
+        SourceError: there is nothing, unless it is a search: that may find nothing new.
+    """
+    from segray.source import Source
+
+    if job.scenes.size is None:
+        source: Any = Source(job.source, job.column)
+        wanted = "images and no shards"
+    else:
+        from segray.catalog import SceneSource
+
+        area = None if job.scenes.area is None else _area(job).to_dict()
+        source = SceneSource(job.source, job.column, bands=job.scenes.calls, area=area)
+        wanted = "scenes"
+    may_be_empty = job.scenes.size is not None and source.is_search
+    if next(source.entries(), None) is None and not may_be_empty:
+        raise SourceError(
+            f"{source.uri} holds no {wanted}"
+            + (f", only {source.num_other} files of other kinds" if source.num_other else "")
+        )
+    return source
+
+
 def _fitted(job: Label, checkpoint: Any) -> Label:
     """The job with its tiles and windows as the model needs them.
 
@@ -291,6 +312,7 @@ def _fitted(job: Label, checkpoint: Any) -> Label:
         SettingsError: the model does not go with what the settings say.
     """
     from segray.model import fitted_tiling, tile_size, window_multiple
+    from segray.preprocessing import match_bands
 
     if checkpoint.architecture == "onnx" and job.dtype != "float32":
         raise SettingsError(f"--dtype {job.dtype}: what {job.model} computes in stands in its graph; leave it out")
@@ -300,6 +322,8 @@ def _fitted(job: Label, checkpoint: Any) -> Label:
             bands = ", ".join(checkpoint.preprocessing.bands)
             raise SettingsError(f"{job.model} sees the bands {bands} of scenes; give --scenes.size, such as 1024")
         return dataclasses.replace(job, tiling=fitted_tiling(checkpoint, job.tiling))
+    if job.scenes.bands:
+        match_bands(checkpoint.preprocessing, list(job.scenes.calls))  # it raises where some are missing
     if job.crf:
         raise SettingsError("--crf is of images, which it sees whole; leave it out beside --scenes.size")
     multiple = window_multiple(checkpoint, job.tiling)
@@ -788,8 +812,8 @@ def _scene_pages(
         for table in source.entries():
             found = list(pool.map(look_at, table.to_pylist()))
             yield _Page(
-                loose=pa.concat_tables(windows for windows, _, _ in found),
-                shards=table.slice(0, 0),
+                loose=pa.concat_tables([WINDOWS.empty_table(), *(windows for windows, _, _ in found)]),
+                shards=WINDOWS.empty_table(),
                 num_present=sum(number for _, number, _ in found),
                 num_shards_done=sum(is_known for _, _, is_known in found),
                 num_in_shards_done=sum(number for _, number, is_known in found if is_known),
@@ -897,7 +921,7 @@ def _recipe(job: Label, checkpoint: Any) -> dict[str, Any]:
     more: dict[str, Any] = {"crf": dataclasses.asdict(Crf())} if job.crf else {}
     if job.scenes.size is not None:
         area = None if job.scenes.area is None else dataclasses.asdict(_area(job))
-        more["scenes"] = {"size": job.scenes.size, "halo": job.scenes.halo, "area": area}
+        more["scenes"] = dataclasses.asdict(job.scenes) | {"area": area}
     decisive = {
         "labelling": _LABELLING,
         "model": checkpoint.digest(),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segray.errors import SettingsError
-from segray.tile import Tiling, Window, windows, windows_into
+from segray.tile import Scenes, Tiling, Window, windows, windows_into
 
 
 @st.composite
@@ -92,6 +92,24 @@ def test_defaults_and_stride() -> None:
 def test_a_setting_out_of_bounds_is_refused_with_value_and_bound(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         Tiling(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bands": ("red=B4",)}, "other settings of scenes come with scenes.size"),
+        ({"size": 32, "bands": ("red=",)}, r"scenes.bands red=: give each as NAME=WHAT, such as red=B4"),
+        ({"size": 32, "bands": ("=B4",)}, r"scenes.bands =B4: give each as NAME=WHAT"),
+        ({"size": 32, "bands": ("red=B4", "Red=B3")}, "a name stands there twice"),
+    ],
+)
+def test_settings_of_scenes_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        Scenes(**settings)
+
+
+def test_a_band_without_another_name_is_called_as_it_is() -> None:
+    assert Scenes(size=32, bands=("red=B4", "B5", "nir=a=b")).calls == {"red": "B4", "B5": "B5", "nir": "a=b"}
 
 
 def test_bounds_themselves_are_allowed() -> None:
