@@ -218,7 +218,7 @@ def _on_one_grid(scene: Scene, target: Scene) -> bool:
         return False
     there = ~Affine(*scene.transform) @ Affine(*target.transform)
     corners = ((0, 0), (scene.width, 0), (0, scene.height), (scene.width, scene.height))
-    return all(math.dist(there * corner, corner) <= _DRIFT_PIXELS for corner in corners)
+    return all(math.dist(there @ corner, corner) <= _DRIFT_PIXELS for corner in corners)
 
 
 def _stored(scene: Scene, window: Window, classes: Classes) -> UInt[np.ndarray, "height width"]:
@@ -237,8 +237,8 @@ def _stored(scene: Scene, window: Window, classes: Classes) -> UInt[np.ndarray, 
 def _drawn(pair: ScenePair, uri: str, window: Window, classes: Classes) -> UInt[np.ndarray, "height width"]:
     """The target that polygons give: a pixel is of that in which its centre lies, the last one where they overlap."""
     transform = Affine(*pair.scene.window_transform(window))
-    corners = [transform * corner for corner in ((0, 0), (window.width, 0), (0, window.height))]
-    corners.append(transform * (window.width, window.height))
+    corners = [transform @ corner for corner in ((0, 0), (window.width, 0), (0, window.height))]
+    corners.append(transform @ (window.width, window.height))
     xs, ys = zip(*corners, strict=True)
     touching = [
         (geometry, class_id)
