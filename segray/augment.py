@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from jaxtyping import Integer, UInt8
+from jaxtyping import Float32, Integer, UInt8
 from PIL import Image, ImageFilter
 
 from segray.errors import SettingsError
@@ -13,8 +14,10 @@ __all__ = ["Augmentation", "augment"]
 
 _TRIES = 10
 _MIN_BLUR, _MAX_BLUR = 0.1, 2.0
+_BLUR_SIDE = 11  # of the kernel, in pixels; 5 on either side are two and a half of the largest deviation
+_MIN_COVER = 0.499
 
-_Image = UInt8[np.ndarray, "height width 3"]
+_Image = UInt8[np.ndarray, "height width 3"] | Float32[np.ndarray, "height width bands"]
 _Target = Integer[np.ndarray, "height width"]
 
 
@@ -37,7 +40,8 @@ class Augmentation:
     rotation: float = 10.0
     """Largest angle in degrees by which it is turned, either way; 180 for what has no upright, as seen from above."""
     colour: float = 0.3
-    """Largest change of brightness, contrast and saturation, as a share."""
+    """Largest change of brightness, contrast and saturation, as a share. Of bands, whose units may be any: contrast,
+    and brightness as a share of each band's spread in the crop, alike in all of them."""
     blur: float = 0.1
     """Probability of a Gaussian blur, of 0.1 to 2 pixels."""
 
@@ -62,14 +66,15 @@ class Augmentation:
 
 def augment(
     image: _Image, target: _Target, settings: Augmentation, ignore_index: int, seed: int, resize: int | None = None
-) -> tuple[UInt8[np.ndarray, "crop crop 3"], Integer[np.ndarray, "crop crop"]]:
+) -> tuple[UInt8[np.ndarray, "crop crop 3"] | Float32[np.ndarray, "crop crop bands"], Integer[np.ndarray, "crop crop"]]:
     """Cuts a square out of an image and its target, and changes both.
 
-    Only the window that the crop needs is scaled. What lies beyond the image is black, before it is recoloured, and
-    void in the target.
+    Only the window that the crop needs is scaled. What lies beyond the image is black, before it is recoloured, or of
+    bands without data; and void in the target.
 
     Args:
-        image: (height, width, 3) uint8 RGB.
+        image: (height, width, 3) uint8 RGB; of a scene's window (height, width, bands) float32, NaN where there are no
+            data, which is not mixed into what lies beside.
         target: (height, width) class ids.
         settings: what may happen.
         ignore_index: the id of void.
@@ -77,8 +82,8 @@ def augment(
         resize: pixels of the shorter side to which an image is brought first. None: it stays as it is.
 
     Returns:
-        (crop, crop, 3) uint8 and (crop, crop) of the target's dtype, or of a wider one where void does not fit it;
-        targets are scaled and turned without mixing ids.
+        (crop, crop, channels) of the image's dtype, and (crop, crop) of the target's, or of a wider one where void does
+        not fit it; targets are scaled and turned without mixing ids.
     """
     # torch takes seconds to import, and `--help` of the job that has these settings waits for none of them.
     from torchvision.transforms import v2
@@ -98,8 +103,10 @@ def augment(
     window = max(1, round(side / scale))
     image, target = _window(image, target, window, settings.class_share, ignore_index, rng)
 
+    is_of_bands = image.dtype == np.float32
     # Pillow's images, as torchvision turns and recolours them several times faster than tensors on one core.
-    pixels, ids = Image.fromarray(image), Image.fromarray(target.astype(np.int32))
+    pixels: Any = _planes(image) if is_of_bands else Image.fromarray(image)
+    ids: Any = Image.fromarray(target.astype(np.int32))
     if window != side:
         pixels = TF.resize(pixels, [side, side], v2.InterpolationMode.BILINEAR, antialias=True)
         ids = TF.resize(ids, [side, side], v2.InterpolationMode.NEAREST)
@@ -109,17 +116,52 @@ def augment(
     pixels, ids = (TF.center_crop(some, [settings.crop, settings.crop]) for some in (pixels, ids))
     if rng.random() < settings.flip:
         pixels, ids = TF.horizontal_flip(pixels), TF.horizontal_flip(ids)
-    if settings.colour:
-        for adjust in (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation):
-            pixels = adjust(pixels, rng.uniform(1 - settings.colour, 1 + settings.colour))
-    if rng.random() < settings.blur:
-        pixels = pixels.filter(ImageFilter.GaussianBlur(rng.uniform(_MIN_BLUR, _MAX_BLUR)))
-    return np.array(pixels), np.array(ids).astype(target.dtype)
+    changes = [rng.uniform(1 - settings.colour, 1 + settings.colour) for _ in range(3)] if settings.colour else []
+    sigma = rng.uniform(_MIN_BLUR, _MAX_BLUR) if rng.random() < settings.blur else None
+    label_map = np.array(ids).astype(target.dtype)
+    if is_of_bands:
+        values = _values(pixels if sigma is None else TF.gaussian_blur(pixels, _BLUR_SIDE, sigma))
+        label_map[np.isnan(values[:, :, 0])] = ignore_index
+        return _relit(values, *changes[:2]) if changes else values, label_map
+    for adjust, factor in zip((TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation), changes, strict=False):
+        pixels = adjust(pixels, factor)
+    if sigma is not None:
+        pixels = pixels.filter(ImageFilter.GaussianBlur(sigma))
+    return np.array(pixels), label_map
+
+
+def _planes(values: Float32[np.ndarray, "height width bands"]) -> Any:
+    """A tensor: each band, 0 where there are no data, and where there are any; both may be averaged."""
+    import torch
+
+    valid = np.isfinite(values).all(axis=2, keepdims=True)
+    planes = np.concatenate([np.where(valid, values, np.float32(0)), valid.astype(np.float32)], axis=2)
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(planes, 2, 0)))
+
+
+def _values(planes: Any) -> Float32[np.ndarray, "height width bands"]:
+    """The inverse of `_planes`; of what was averaged at least half has to have data."""
+    array = np.moveaxis(planes.numpy(), 0, 2)
+    values, cover = array[:, :, :-1], array[:, :, -1:]
+    restored: np.ndarray = np.divide(values, cover, out=np.full_like(values, np.nan), where=cover >= _MIN_COVER)
+    return restored
+
+
+def _relit(
+    values: Float32[np.ndarray, "height width bands"], brightness: float, contrast: float
+) -> Float32[np.ndarray, "height width bands"]:
+    """Values about their band's mean in the crop, which moves by so much of the band's standard deviation."""
+    there = values[np.isfinite(values[:, :, 0])]
+    if not len(there):
+        return values
+    mean, std = there.mean(axis=0, dtype=np.float64), there.std(axis=0, dtype=np.float64)
+    relit: np.ndarray = ((values - mean) * contrast + mean + (brightness - 1) * std).astype(np.float32)
+    return relit
 
 
 def _window(
     image: _Image, target: _Target, size: int, class_share: float, ignore_index: int, rng: np.random.Generator
-) -> tuple[UInt8[np.ndarray, "size size 3"], Integer[np.ndarray, "size size"]]:
+) -> tuple[_Image, Integer[np.ndarray, "size size"]]:
     """A square of an image and its target; where they are smaller, they lie somewhere in it."""
     height, width = target.shape
 
@@ -139,6 +181,6 @@ def _window(
     before = max(-row, 0), max(-col, 0)
     padding = [(first, size - length - first) for first, length in zip(before, part.shape, strict=True)]
     if any(map(any, padding)):
-        image = np.pad(image, [*padding, (0, 0)])
+        image = np.pad(image, [*padding, (0, 0)], constant_values=np.nan if image.dtype == np.float32 else 0)
         part = np.pad(part, padding, constant_values=ignore_index)
     return np.ascontiguousarray(image), part

@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import UInt, UInt8
+from jaxtyping import Float32, UInt, UInt8
 from PIL import Image
 
 from segray import __version__, pairs
@@ -32,7 +32,7 @@ _MAX_POINTS = 400
 _MAX_IMAGES = 8
 _SIDE = 640
 
-_Image = UInt8[np.ndarray, "height width 3"]
+_Image = UInt8[np.ndarray, "height width 3"] | Float32[np.ndarray, "height width bands"]
 _LabelMap = UInt[np.ndarray, "height width"]
 _Pair = tuple[_Image, _LabelMap]
 
@@ -225,7 +225,7 @@ def _shown(pair: _Pair | str, prediction: _LabelMap | str, classes: Classes) -> 
     height, width = target.shape
     scale = min(1.0, _SIDE / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    photo = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    photo = Image.fromarray(_photo(image)).resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
     shown |= {"height": height, "width": width}
     shown |= {"image": _data_uri(photo, "JPEG", quality=82), "target": _drawn(target, size, classes)}
     if isinstance(prediction, str):
@@ -237,6 +237,17 @@ def _shown(pair: _Pair | str, prediction: _LabelMap | str, classes: Classes) -> 
         "iou": [{"class_id": class_id, "iou": float(iou[class_id])} for class_id in present],
         "missing": None,
     }
+
+
+def _photo(image: _Image) -> UInt8[np.ndarray, "height width 3"]:
+    """Of bands the first three, or the first, each from its 2nd to its 98th percentile; no data is black."""
+    if image.dtype == np.uint8:
+        return image
+    bands = image[:, :, [0, 1, 2] if image.shape[2] >= 3 else [0, 0, 0]]
+    low, high = np.nanpercentile(bands, (2, 98), axis=(0, 1))
+    stretched = (bands - low) / np.where(high > low, high - low, 1) * 255
+    photo: np.ndarray = np.nan_to_num(np.clip(stretched, 0, 255)).astype(np.uint8)
+    return photo
 
 
 def _drawn(label_map: _LabelMap, size: tuple[int, int], classes: Classes) -> str:

@@ -33,7 +33,7 @@ _STEPS_PER_EXECUTION = 1000
 _PAIRS_PER_TASK = 4
 _BATCHES_AHEAD = 2
 _STEPS_AHEAD = 4  # of each task
-_PIXEL_BYTES = 5  # RGB, and an id of one or two
+_ID_BYTES = 2
 _PAUSE_SECONDS = 0.05
 
 
@@ -168,13 +168,16 @@ def batches(
         tasks: that feed this worker.
 
     Yields:
-        `image`, (share, crop, crop, 3) uint8; `target`, (share, crop, crop) class ids; `row`, those of the index.
+        `image`, (share, crop, crop, 3) uint8, or of bands float32 with NaN where there are no data; `target`, (share,
+        crop, crop) class ids; `row`, those of the index.
     """
     import ray
 
     index = ray.put(split.index)
     # Tasks that ran as far ahead as the object store lets them would take the cores of a model on CPUs.
-    step_bytes = -(-order.batch_size // num_workers) * augmentation.crop**2 * _PIXEL_BYTES
+    bands = split.census.bands
+    pixel_bytes = _ID_BYTES + (3 if bands is None else 4 * len(bands))
+    step_bytes = -(-order.batch_size // num_workers) * augmentation.crop**2 * pixel_bytes
     ahead_bytes = _STEPS_AHEAD * tasks.concurrency * step_bytes
     tasks = dataclasses.replace(tasks, store_bytes=min(tasks.store_bytes, ahead_bytes))
 
@@ -209,7 +212,7 @@ def pairs(split: Split, classes: Classes, rows: Sequence[int], tasks: Tasks) -> 
         tasks: that feed this worker.
 
     Yields:
-        `uri`, `image`, (height, width, 3) uint8, and `target`, (height, width) class ids.
+        `uri`; `image` and `target`, as `pairs.decode_pair` gives them.
     """
     import ray
 

@@ -124,12 +124,14 @@ class Learner:
             self._average = {name: tensor.detach().clone() for name, tensor in self._net.model.state_dict().items()}
 
     def step(
-        self, images: UInt8[Tensor, "batch height width 3"], targets: Int64[Tensor, "batch height width"]
+        self,
+        images: UInt8[Tensor, "batch height width 3"] | Float[Tensor, "batch height width bands"],
+        targets: Int64[Tensor, "batch height width"],
     ) -> Float[Tensor, ""]:
         """Takes a step on this process's share of a batch.
 
         Args:
-            images: RGB, on any device.
+            images: RGB, or the values of bands, NaN where there are no data; on any device.
             targets: class ids.
 
         Returns:
@@ -292,8 +294,10 @@ class _Net(nn.Module):
         self._kept = output if isinstance(output, Tensor) else output[-2]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """(batch, height, width, 3) uint8 → logits of the model, and of the second head, each of its own size."""
+        """(batch, height, width, channels) → logits of the model, and of the second head, each of its own size."""
         values = model.normalised(images.permute(0, 3, 1, 2), self._preprocessing)
+        if self._preprocessing.bands is not None:
+            values = values.nan_to_num(nan=0.0)  # what holds no data is the band's mean, as in labelling
         logits = model.logits(self.model, values.contiguous(memory_format=torch.channels_last))
         if self.head is None:
             return (logits,)

@@ -6,6 +6,7 @@ SOURCE ─list──▶ pairs, each with its split       nothing is opened yet
        ─write─▶ one atomic object a shard        and then a receipt of it
 
     SINK/<split>/shard-000000.tar    NAME.jpg with NAME.target.png; or .parquet: name, image, target
+                                     of scenes NAME.npz, a window of them (see `bandfile`)
     SINK/<split>/_index.parquet      where each pair lies, and what the split holds in all
     SINK/classes.json                what the targets are of
     SINK/_rejects.parquet            what could not be used, and why; hidden from whoever lists SINK for images
@@ -40,32 +41,38 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jaxtyping import Bool, Int64, UInt, UInt8
+from jaxtyping import Bool, Float32, Int64, UInt, UInt8
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from tyro.conf import Positional
 
 import segray
+from segray import bandfile
 from segray.classes import Classes
 from segray.datasets import KINDS, Pair, ToTarget, open_dataset, read
 from segray.datasets.dataset import unreadable_is_a_reject
-from segray.datasets.tree import safe_name
+from segray.datasets.folders import read_classes
+from segray.datasets.tree import Tree, safe_name
 from segray.decode import MAX_PIXELS, decode
 from segray.errors import Reject, RunError, SettingsError, SinkError, SourceError
 from segray.labelmap import decode_png, encode_png
 from segray.lock import hold
-from segray.pairs import INDEX, INDEX_NAME, TARGET_EXTENSION, Census, write_index
+from segray.pairs import INDEX, INDEX_NAME, TARGET_EXTENSION, Census, shown, write_index
 from segray.progress import note, print_table
 from segray.session import root_cause, session
 from segray.source import ENTRIES, Source, fetch, filesystem, is_shard
 from segray.store import LabelStore
+from segray.tile import Window, cores
+
+if TYPE_CHECKING:  # of the extra `geo`, which not everyone has
+    from segray.datasets.scenes import ScenePair
 
 __all__ = ["REJECTS", "Pack", "pack"]
 
@@ -77,8 +84,10 @@ REJECTS = pa.schema(
 """One row for each pair that could not be used: `uri` is that of its image, `reason` is `kind: detail`."""
 
 _PACKING = 1  # to be raised with any change of code that packs other shards
-_IMAGES, _LABELS = "images", "labels"  # what is packed beside the kinds of data sets
+_IMAGES, _LABELS, _SCENES = "images", "labels", "scenes"  # what is packed beside the kinds of data sets
 _MIN_CONFIDENCE = 0.9
+_WINDOW = 256
+_BLOCK_WINDOWS, _GAP_WINDOWS = 8, 1
 _ROUNDING = 1e-9  # of a mean of floats
 _ROWS_PER_GROUP = 8  # what is read for one pair
 _TASKS_IN_FLIGHT = 256
@@ -93,7 +102,7 @@ _IN_SHARD = re.compile(r"\.(?:tar|tar\.gz|tgz|parquet)#", re.IGNORECASE)
 _LABELLED = pa.schema({"image_id": pa.string(), "uri": pa.string(), "version": pa.string()})
 _UNLABELLED = Classes(("any",))  # for a census of images without targets, whose pixels are all void
 
-_Image = UInt8[np.ndarray, "height width 3"]
+_Image = UInt8[np.ndarray, "height width 3"] | Float32[np.ndarray, "height width bands"]
 _Target = UInt[np.ndarray, "height width"]
 _Rows = Int64[np.ndarray, " num_rows"]
 _Loaded = tuple[bytes, _Image, _Target | None]
@@ -114,38 +123,57 @@ class Pack:
     """Folder or prefix that receives the shards: an empty one, or one that the same command has begun."""
     dataset: str = "folders"
     """What SOURCE is: voc, sbd, coco, coco-instances, cityscapes, ade20k, camvid, folders (of images and targets);
-    images (without targets); labels (a label store, whose label maps become the targets)."""
+    images (without targets); labels (a label store, whose label maps become the targets); scenes (georeferenced
+    rasters of any bands, with rasters of class ids or polygons)."""
     classes: str | None = None
-    """With --dataset folders: classes file. None: classes.json beside the folders."""
+    """With --dataset folders or scenes: classes file. None: classes.json beside the folders."""
     column: str | None = None
     """With --dataset images: column of URIs in a manifest, or of image bytes in Parquet shards; None: it is found."""
     recipe: str | None = None
     """With --dataset labels: the recipe whose label maps are taken. None: that of the newest run."""
     min_confidence: float | None = None
     """With --dataset labels: the mean confidence that an image's label map must have at least. None: 0.9."""
+    window: int | None = None
+    """With --dataset scenes: side in pixels of the windows that they are cut into. None: 256."""
+    bands: str | None = None
+    """With --dataset scenes: which of their bands, in which order, such as red,nir=B08 (NAME, or NAME=BAND where the
+    scenes call it otherwise). None: all, as the first scene has them."""
+    block_metres: float | None = None
+    """With --dataset scenes and --val-fraction: side of the squares of ground that become val, or train, as a whole.
+    None: that of eight windows."""
+    gap_metres: float | None = None
+    """Likewise: how far from each other pixels of train and of val lie at least; windows between are left out.
+    None: the side of a window."""
 
     format: Literal["tar", "parquet"] = "tar"
     """WebDataset tar (NAME.jpg, NAME.target.png), or Parquet (columns name, image, target)."""
     shard_images: int = 512
     """Images in a shard, at most (nobody knows their sizes beforehand). Each CPU holds a shard in memory."""
     val_fraction: float | None = None
-    """Share of all pairs that makes the split val, drawn by their names; the others make train. None: the data set's
-    own splits."""
+    """Share of all pairs that makes the split val, drawn by their names, of scenes by where they lie; the others make
+    train. None: the data set's own splits."""
     seed: int = 0
     """Of the order."""
 
     def __post_init__(self) -> None:
-        if self.dataset not in (*KINDS, _IMAGES, _LABELS):
-            raise SettingsError(
-                f"--dataset {self.dataset}: there is no such kind; there are {', '.join((*KINDS, _IMAGES, _LABELS))}"
-            )
-        of = {"classes": "folders", "column": _IMAGES, "recipe": _LABELS, "min_confidence": _LABELS}
-        for name, kind in of.items():
-            if getattr(self, name) is not None and self.dataset != kind:
+        kinds = (*KINDS, _IMAGES, _LABELS, _SCENES)
+        if self.dataset not in kinds:
+            raise SettingsError(f"--dataset {self.dataset}: there is no such kind; there are {', '.join(kinds)}")
+        of = {"classes": ("folders", _SCENES), "column": (_IMAGES,), "recipe": (_LABELS,), "min_confidence": (_LABELS,)}
+        of |= dict.fromkeys(("window", "bands", "block_metres", "gap_metres"), (_SCENES,))
+        for name, some in of.items():
+            if getattr(self, name) is not None and self.dataset not in some:
                 raise SettingsError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)} is of --dataset {kind}, "
+                    f"--{name.replace('_', '-')} {getattr(self, name)} is of --dataset {' or '.join(some)}, "
                     f"not of {self.dataset}; leave it out"
                 )
+        for name, least in (("window", 1), ("block_metres", 1), ("gap_metres", 0)):
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise SettingsError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+            if value is not None and name != "window" and self.val_fraction is None:
+                raise SettingsError(f"--{name.replace('_', '-')} {value} goes with --val-fraction")
+        self.named_bands()
         if self.val_fraction is not None and self.dataset == _IMAGES:
             raise SettingsError(f"--val-fraction {self.val_fraction}: images without targets have no splits")
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
@@ -163,6 +191,20 @@ class Pack:
         if f"{sink}/".startswith(f"{source}/"):
             raise SettingsError(f"SINK {self.sink} lies in SOURCE {self.source}, and would be packed with it")
 
+    def named_bands(self) -> dict[str, str] | None:
+        """The name that each band is to have, and what the scenes call it. None: all of them, as they are.
+
+        Raises:
+            SettingsError: a name is empty, or comes twice.
+        """
+        if self.bands is None:
+            return None
+        parts = [[text.strip() for text in part.partition("=")] for part in self.bands.split(",")]
+        bands = {name: there if equals else name for name, equals, there in parts}
+        if len({name.casefold() for name in bands}) < len(parts) or not all(bands) or not all(bands.values()):
+            raise SettingsError(f"--bands {self.bands}: give names, each once, such as red,green,nir=B08")
+        return bands
+
     def command(self) -> str:
         """The command line that gives these settings."""
         options: list[str] = []
@@ -178,8 +220,8 @@ class _Loadable(NamedTuple):
 
     name: str
     uri: str
-    load: Callable[[], _Loaded]
-    """Gives the image file's bytes, the image and the target. Raises: Reject."""
+    load: Callable[[], _Loaded | None]
+    """Gives the image file's bytes, the image and the target; None: there is nothing to learn from. Raises: Reject."""
 
 
 class _Sample(NamedTuple):
@@ -248,6 +290,8 @@ class _Packed:
     splits: dict[str, _Split] = field(default_factory=lambda: defaultdict(_Split))
     rejects: list[dict[str, str]] = field(default_factory=list)
     """With the schema `REJECTS`."""
+    num_blank: int = 0
+    """Windows of scenes that were left out, as no pixel of them has both data and a class."""
 
     def add(self, split: str, receipt: Mapping[str, Any]) -> None:
         """Adds what a task gave."""
@@ -261,6 +305,7 @@ class _Packed:
             columns = {name: value * times for name, value in repeated.items()} | shard["index"]
             of_split.index.append(pa.table(columns, INDEX))
         self.rejects += receipt["rejects"]
+        self.num_blank += receipt.get("num_blank", 0)  # of which nobody told before there were scenes
 
     @property
     def num_images(self) -> int:
@@ -280,7 +325,7 @@ def pack(job: Pack) -> None:
         KeyboardInterrupt: it was stopped; the same command goes on.
     """
     began = time.monotonic()
-    plan = {_IMAGES: _plan_images, _LABELS: _plan_labels}.get(job.dataset, _plan_dataset)(job)
+    plan = {_IMAGES: _plan_images, _LABELS: _plan_labels, _SCENES: _plan_scenes}.get(job.dataset, _plan_dataset)(job)
     try:
         fs, root = filesystem(job.sink)
     except Exception as error:  # an unknown protocol, or its package is not installed
@@ -318,6 +363,8 @@ def pack(job: Pack) -> None:
             raise
         except Exception as error:  # Ray's wrapping of what happened in a worker, or whatever the store's client raises
             raise RunError(f"packing broke off: {root_cause(error)}; the same command goes on from there") from error
+    if not packed.num_images and not packed.rejects:
+        raise RunError(f"none of {packed.num_blank:,} windows has a pixel with both data and a class")
     if not packed.num_images:
         raise RunError(f"all {len(packed.rejects):,} pairs were rejected; the first: {_described(packed.rejects[0])}")
     _print_summary(job, packed, plan.classes, time.monotonic() - began)
@@ -378,7 +425,7 @@ def _pack_shards(packer: _Packer, task: _Task) -> dict[str, Any]:
     """Packs the images of a task, as a Ray task.
 
     Returns:
-        The receipt: `shards` with their name, bytes, columns of the index, and census; and `rejects`.
+        The receipt: `shards` with their name, bytes, columns of the index, and census; `rejects` and `num_blank`.
     """
     from segray.sink import put
 
@@ -390,7 +437,8 @@ def _pack_shards(packer: _Packer, task: _Task) -> dict[str, Any]:
         return receipt
     rejects: list[dict[str, str]] = []
     shards: list[dict[str, Any]] = []
-    samples = _samples(packer, task, rejects)
+    blanks: list[str] = []
+    samples = _samples(packer, task, rejects, blanks)
     write = _tar if packer.format == "tar" else _parquet
     while some := list(itertools.islice(samples, packer.shard_images)):
         name = f"{task.shard}{f'-{len(shards)}' if shards else ''}.{packer.format}"
@@ -405,7 +453,7 @@ def _pack_shards(packer: _Packer, task: _Task) -> dict[str, Any]:
         }
         census = sum((sample.census for sample in some[1:]), some[0].census)
         shards.append({"name": name, "bytes": len(data), "index": index, "census": census.to_dict()})
-    receipt = {"shards": shards, "rejects": rejects}
+    receipt = {"shards": shards, "rejects": rejects, "num_blank": len(blanks)}
     put(fs, path, json.dumps(receipt).encode())
     return receipt
 
@@ -420,8 +468,8 @@ def _receipt(fs: Any, folder: str, path: str) -> dict[str, Any] | None:
     return receipt if whole and not receipt["rejects"] else None
 
 
-def _samples(packer: _Packer, task: _Task, rejects: list[dict[str, str]]) -> Iterator[_Sample]:
-    """Loads the images of a task, some at a time; those that cannot be used are added to the rejects."""
+def _samples(packer: _Packer, task: _Task, rejects: list[dict[str, str]], blanks: list[str]) -> Iterator[_Sample]:
+    """Loads the images of a task, some at a time; those that cannot be used are added to the rejects, or the blanks."""
     names: set[str] = set()
     prepare = functools.partial(_prepare, classes=packer.classes)
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -432,17 +480,23 @@ def _samples(packer: _Packer, task: _Task, rejects: list[dict[str, str]]) -> Ite
                     what = {"split": task.split, "name": name, "uri": uri}
                     rejects.append(what | {"stage": found.stage, "reason": found.reason})
                     continue
+                if found is None:
+                    blanks.append(name)
+                    continue
                 if name in names:  # of a shard of SOURCE, which nobody had read before
                     found = found._replace(name=_told_apart(name, uri))
                 names.add(found.name)
                 yield found
 
 
-def _prepare(loadable: _Loadable, classes: Classes | None) -> _Sample | Reject:
+def _prepare(loadable: _Loadable, classes: Classes | None) -> _Sample | Reject | None:
     try:
-        data, image, target = loadable.load()
+        loaded = loadable.load()
     except Reject as reject:
         return reject
+    if loaded is None:
+        return None
+    data, image, target = loaded
     extension = _extension(data)
     if extension is None:
         buffer = io.BytesIO()
@@ -451,7 +505,7 @@ def _prepare(loadable: _Loadable, classes: Classes | None) -> _Sample | Reject:
     if classes is None or target is None:
         void = np.full(image.shape[:2], _UNLABELLED.ignore_index, np.uint8)
         return _Sample(loadable.name, extension, data, None, Census.of(image, void, _UNLABELLED))
-    census = Census.of(image, target, classes)
+    census = Census.of(image, target, classes, bandfile.bands_of(data))
     return _Sample(loadable.name, extension, data, encode_png(target, classes.palette), census)
 
 
@@ -461,6 +515,8 @@ def _extension(data: bytes) -> str | None:
         return "jpg"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
+    if bandfile.is_bandfile(data):
+        return bandfile.EXTENSION
     return "webp" if data.startswith(b"RIFF") and data[8:12] == b"WEBP" else None
 
 
@@ -522,6 +578,8 @@ def _finish(packed: _Packed, fs: Any, root: str, classes: Classes | None, told: 
             "mean": mean,
             "std": std,
         }
+        if split.census.bands is not None:
+            of_split["bands"] = split.census.bands
         if classes is not None:
             put(fs, f"{folder}/{INDEX_NAME}", write_index(pa.concat_tables(split.index), split.census))
             num_pixels = dict(zip(classes.names, split.census.num_pixels.tolist(), strict=True))
@@ -561,6 +619,8 @@ def _print_summary(job: Pack, packed: _Packed, classes: Classes | None, seconds:
             note(f"in train no pixel is of {', '.join(absent)}; a model will not learn to tell that")
     for reject in packed.rejects[:_NUM_SHOWN]:
         print(f"rejected: {_described(reject)}")
+    if packed.num_blank:
+        print(f"{packed.num_blank:,} windows left out, as no pixel of theirs has both data and a class")
     if packed.rejects:
         print(f"{len(packed.rejects):,} rejected in all; {job.sink.rstrip('/')}/_rejects.parquet has them")
     print(f"{packed.num_images:,} images in {seconds:.1f} s, {packed.num_images / seconds:.1f} images/s")
@@ -714,6 +774,136 @@ def _load_labels(
         yield [_Loadable(row["name"], uri, rejects.get(uri) or rejects.get(_object(uri)) or _refusing(_MISSING))]
 
 
+class _Cut(NamedTuple):
+    """A window of a scene; or a whole scene that is a reject."""
+
+    split: str
+    name: str
+    number: int
+    """Of the pair that it is cut out of."""
+    window: Window | None
+
+
+def _plan_scenes(job: Pack) -> _Plan:
+    try:
+        from segray.datasets import scenes
+    except ModuleNotFoundError as error:
+        raise SettingsError(
+            f"--dataset scenes needs {error.name}, which is not installed; pip install 'segray[geo]'"
+        ) from error
+
+    tree = Tree(job.source)
+    classes = read_classes(tree, job.classes)
+    pairs, bands = scenes.pairs_of(tree), job.named_bands()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = list(pool.map(functools.partial(_looked_at, bands=bands, classes=classes), pairs))
+    usable = [one for one in found if not isinstance(one, Reject)]
+    if not usable:
+        raise SourceError(f"{job.source}: none of {len(pairs)} scenes can be used; {found[0]}")
+    names = tuple(band.name for band in usable[0].scene.bands)
+    found = [one if isinstance(one, Reject) else _with_bands(one, names) for one in found]
+    note(f"{len(usable):,} scenes with {shown(names)}")
+    cuts = _cuts(job, pairs, found)
+
+    def identity(cut: _Cut) -> str:
+        pair, one = pairs[cut.number], found[cut.number]
+        versions = f"{one}" if isinstance(one, Reject) else f"{one.scene.version}\0{one.target_version}"
+        return f"{pair.image}\0{pair.target}\0{versions}\0{cut.window}"
+
+    listing = _listed(job, classes, ((cut.split, cut.name, identity(cut)) for cut in cuts))
+    shards = [shard for split, rows in listing.rows.items() for shard in _cut(job, split, rows)]
+
+    def items(rows: _Rows) -> tuple[dict[int, "tuple[str, ScenePair | Reject]"], list[_Cut]]:
+        some = [cuts[row] for row in rows.tolist()]
+        return {cut.number: (pairs[cut.number].image, found[cut.number]) for cut in some}, some
+
+    return _Plan(listing.digest, classes, shards, items, functools.partial(_load_scenes, classes=classes))
+
+
+def _looked_at(pair: Pair, bands: Mapping[str, str] | None, classes: Classes) -> "ScenePair | Reject":
+    from segray.datasets.scenes import look_at
+
+    try:
+        return look_at(pair, bands, classes)
+    except Reject as reject:
+        return reject
+
+
+def _with_bands(pair: "ScenePair", names: Sequence[str]) -> "ScenePair | Reject":
+    """The scene with the same bands as the first one has."""
+    try:
+        return dataclasses.replace(pair, scene=pair.scene.select(names))
+    except Reject as reject:
+        return reject
+
+
+def _cuts(job: Pack, pairs: Sequence[Pair], found: "Sequence[ScenePair | Reject]") -> list[_Cut]:
+    """The windows of all scenes, with their splits.
+
+    Raises:
+        SettingsError: nothing is left to train on, or to validate on.
+    """
+    from segray.datasets.scenes import Blocks, side_metres
+
+    size = job.window or _WINDOW
+    blocks = None
+    if job.val_fraction is not None:
+        side = max(side_metres(one.scene, size) for one in found if not isinstance(one, Reject))
+        blocks = Blocks(
+            side_metres=_BLOCK_WINDOWS * side if job.block_metres is None else job.block_metres,
+            gap_metres=_GAP_WINDOWS * side if job.gap_metres is None else job.gap_metres,
+            val_fraction=job.val_fraction,
+        )
+    cuts: list[_Cut] = []
+    splits: Counter[str | None] = Counter()
+    for number, (pair, one) in enumerate(zip(pairs, found, strict=True)):
+        if isinstance(one, Reject):
+            cuts.append(_Cut("train" if blocks else pair.split, pair.name, number, None))
+            continue
+        for window in cores(one.scene.height, one.scene.width, size):
+            split = blocks.split(one.scene.bounds(window)) if blocks else pair.split
+            splits[split] += 1
+            if split is not None:
+                name = f"{pair.name}/{window.row_off:06d}-{window.col_off:06d}"
+                cuts.append(_Cut(split, name, number, window))
+    if blocks is None:
+        if len(splits) == 1:
+            note("all of it is one split; --val-fraction 0.2 sets areas aside to validate on")
+        return cuts
+    told = (
+        f"{splits['train']:,} windows to train on, {splits['val']:,} to validate on and {splits[None]:,} between, in "
+        f"blocks of {blocks.side_metres:g} m, {blocks.gap_metres:g} m apart"
+    )
+    if not (splits["train"] and splits["val"]):
+        raise SettingsError(f"{told}; give smaller --block-metres or --gap-metres, or another --val-fraction")
+    note(told)
+    return cuts
+
+
+def _load_scenes(
+    items: "tuple[Mapping[int, tuple[str, ScenePair | Reject]], Sequence[_Cut]]", classes: Classes
+) -> Iterator[list[_Loadable]]:
+    from segray.datasets.scenes import read_window
+
+    found, cuts = items
+
+    def load(cut: _Cut) -> _Loaded | None:
+        _, pair = found[cut.number]
+        if isinstance(pair, Reject):
+            raise pair
+        assert cut.window is not None
+        read = read_window(pair, cut.window, classes)
+        if read is None:
+            return None
+        values, target = read
+        return bandfile.encode_values(values, [band.name for band in pair.scene.bands]), values, target
+
+    # Not all at once, as a window's values are larger than its file.
+    for first in range(0, len(cuts), _THREADS):
+        some = cuts[first : first + _THREADS]
+        yield [_Loadable(cut.name, found[cut.number][0], functools.partial(load, cut)) for cut in some]
+
+
 def _refusing(row: Mapping[str, str]) -> Callable[[], _Loaded]:
     """Raises what the stage and the reason of a row say."""
     kind, _, detail = row["reason"].partition(": ")
@@ -749,7 +939,7 @@ def _listed(job: Pack, classes: Classes | None, pairs: Iterable[tuple[str, str, 
     split_of, keys = array("i"), array("Q")  # of a million pairs not much is to be held
     for split, name, identity in pairs:
         digest.update(f"{split}\0{name}\0{identity}\0".encode(errors="surrogateescape"))
-        if job.val_fraction is not None:
+        if job.val_fraction is not None and job.dataset != _SCENES:
             split = "val" if _hash(name) < job.val_fraction * 2**64 else "train"
         split_of.append(numbers.setdefault(split, len(numbers)))
         keys.append(_hash(f"{split}\0{name}"))

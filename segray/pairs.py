@@ -1,8 +1,8 @@
 """Shards of image/target pairs: what is in them, and single pairs out of them by where they lie.
 
-A tar holds NAME.jpg (or .jpeg, .png, .webp) with NAME.target.png, a Parquet shard the columns `image` and `target`
-(and perhaps `name`). `survey` reads a shard once and proves it; from the index that it gives, `read` then fetches any
-pairs in any order, which is what training in a new order each epoch asks for.
+A tar holds NAME.jpg (or .jpeg, .png, .webp; .npz of a scene's window) with NAME.target.png, a Parquet shard the
+columns `image` and `target` (and perhaps `name`). `survey` reads a shard once and proves it; from the index that it
+gives, `read` then fetches any pairs in any order, which is what training in a new order each epoch asks for.
 """
 
 import functools
@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float64, Int64, UInt, UInt8
+from jaxtyping import Float32, Float64, Int64, UInt, UInt8
 
+from segray import bandfile
 from segray.classes import Classes
 from segray.decode import MAX_PIXELS, decode
 from segray.errors import Reject, SourceError
@@ -36,6 +37,7 @@ __all__ = [
     "decode_pair",
     "read",
     "read_index",
+    "shown",
     "survey",
     "write_index",
 ]
@@ -43,7 +45,7 @@ __all__ = [
 SHAPE = "a tar holds NAME.jpg with NAME.target.png, a Parquet shard the columns image and target"
 """What a shard is, for a person."""
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", bandfile.EXTENSION)
 TARGET_EXTENSION = "target.png"
 INDEX_NAME = "_index.parquet"
 """Lies beside the shards that it describes."""
@@ -66,7 +68,7 @@ _COMPRESSED = re.compile(rb"\x1f\x8b|BZh[1-9]1AY&SY|\xfd7zXZ\0")
 _OPEN_SHARDS = 32
 _BYTES = (pa.binary(), pa.large_binary(), pa.binary_view())
 
-_Image = UInt8[np.ndarray, "height width 3"]
+_Image = UInt8[np.ndarray, "height width 3"] | Float32[np.ndarray, "height width bands"]
 _Target = UInt[np.ndarray, "height width"]
 
 
@@ -80,44 +82,63 @@ class Census:
     """Pixels of each class in the targets."""
     num_void: int
     """Pixels of none."""
-    channel_sum: Float64[np.ndarray, " 3"]
-    """Of the images' red, green and blue, which lie in [0, 1]."""
-    channel_square_sum: Float64[np.ndarray, " 3"]
+    channel_sum: Float64[np.ndarray, " channels"]
+    """Of the images' red, green and blue, which lie in [0, 1]; or of the values of each band."""
+    channel_square_sum: Float64[np.ndarray, " channels"]
     """Of their squares."""
+    num_valid: int
+    """Pixels that the sums are of: of scenes those that have data."""
+    bands: tuple[str, ...] | None = None
+    """What the channels are called, of windows of scenes. None: red, green and blue."""
 
     @classmethod
     def zeros(cls, num_classes: int) -> "Census":
         """That of nothing."""
-        return cls(0, np.zeros(num_classes, np.int64), 0, np.zeros(3), np.zeros(3))
+        return cls(0, np.zeros(num_classes, np.int64), 0, np.zeros(3), np.zeros(3), 0)
 
     @classmethod
-    def of(cls, image: _Image, target: _Target, classes: Classes) -> "Census":
-        """That of one pair whose ids are classes or void."""
+    def of(cls, image: _Image, target: _Target, classes: Classes, bands: tuple[str, ...] | None = None) -> "Census":
+        """That of one pair whose ids are classes or void; of a window of a scene with the names of its bands."""
         valid = target[target != classes.ignore_index]
-        shades = np.arange(256) / 255
-        counts = np.stack([np.bincount(image[:, :, channel].ravel(), minlength=256) for channel in range(3)])
+        if bands is None:
+            shades = np.arange(256) / 255
+            counts = np.stack([np.bincount(image[:, :, channel].ravel(), minlength=256) for channel in range(3)])
+            channel_sum, channel_square_sum, num_valid = counts @ shades, counts @ shades**2, target.size
+        else:
+            values = image[np.isfinite(image).all(axis=2)].astype(np.float64)
+            channel_sum, channel_square_sum, num_valid = values.sum(0), (values**2).sum(0), len(values)
         return cls(
             num_images=1,
             num_pixels=np.bincount(valid, minlength=len(classes)).astype(np.int64),
             num_void=target.size - valid.size,
-            channel_sum=counts @ shades,
-            channel_square_sum=counts @ shades**2,
+            channel_sum=channel_sum,
+            channel_square_sum=channel_square_sum,
+            num_valid=num_valid,
+            bands=bands,
         )
 
     def __add__(self, other: "Census") -> "Census":
+        """Raises: SourceError: one is of other bands."""
+        if not (self.num_images and other.num_images):  # that of nothing is of no bands either
+            return self if self.num_images else other
+        if self.bands != other.bands:
+            raise SourceError(
+                f"images of {shown(self.bands)} and of {shown(other.bands)} lie in the same shards; pack them apart"
+            )
         return Census(
             self.num_images + other.num_images,
             self.num_pixels + other.num_pixels,
             self.num_void + other.num_void,
             self.channel_sum + other.channel_sum,
             self.channel_square_sum + other.channel_square_sum,
+            self.num_valid + other.num_valid,
+            self.bands,
         )
 
     def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Of red, green and blue over all pixels, void ones too."""
-        total = int(self.num_pixels.sum()) + self.num_void
-        mean = self.channel_sum / total
-        std = np.sqrt(np.maximum(self.channel_square_sum / total - mean**2, 0))
+        """Of each channel over all pixels, void ones too; of bands over those that have data."""
+        mean = self.channel_sum / self.num_valid
+        std = np.sqrt(np.maximum(self.channel_square_sum / self.num_valid - mean**2, 0))
         return tuple(mean.tolist()), tuple(std.tolist())
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,6 +149,8 @@ class Census:
             "num_void": self.num_void,
             "channel_sum": self.channel_sum.tolist(),
             "channel_square_sum": self.channel_square_sum.tolist(),
+            "num_valid": self.num_valid,
+            "bands": self.bands,
         }
 
     @classmethod
@@ -139,7 +162,15 @@ class Census:
             fields["num_void"],
             np.array(fields["channel_sum"], np.float64),
             np.array(fields["channel_square_sum"], np.float64),
+            # Before there were scenes, nobody wrote these two.
+            fields.get("num_valid", sum(fields["num_pixels"]) + fields["num_void"]),
+            None if fields.get("bands") is None else tuple(fields["bands"]),
         )
+
+
+def shown(bands: tuple[str, ...] | None) -> str:
+    """The bands of a census, for a person."""
+    return "red, green and blue (images)" if bands is None else f"the bands {', '.join(bands)}"
 
 
 def survey(shard: str, classes: Classes) -> tuple[pa.Table, Census]:
@@ -163,7 +194,7 @@ def survey(shard: str, classes: Classes) -> tuple[pa.Table, Census]:
         with fs.open(path, "rb") as file:
             for row, image_data, target_data in _pairs(shard, file):
                 image, target = decode_pair(f"{shard}#{row['name']}", image_data, target_data, classes)
-                census += Census.of(image, target, classes)
+                census += Census.of(image, target, classes, bandfile.bands_of(image_data))
                 rows.append({"shard": shard, "shard_bytes": shard_bytes, **row})
     except SourceError:
         raise
@@ -206,13 +237,15 @@ def decode_pair(uri: str, image_data: bytes, target_data: bytes, classes: Classe
         classes: what the ids stand for.
 
     Returns:
-        (height, width, 3) uint8 and (height, width) class ids.
+        (height, width, 3) uint8, or of a scene's window (height, width, bands) float32 with NaN where there are no
+        data; and (height, width) class ids.
 
     Raises:
         SourceError: one of them cannot be decoded, they differ in size, or an id is no class and not void.
     """
     try:
-        image = decode(image_data, MAX_PIXELS)
+        is_bandfile = bandfile.is_bandfile(image_data)
+        image = bandfile.decode_values(image_data) if is_bandfile else decode(image_data, MAX_PIXELS)
     except Reject as error:
         raise SourceError(f"{uri}: the image cannot be decoded: {error.reason}") from error
     try:

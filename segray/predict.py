@@ -51,6 +51,14 @@ class Raster:
     core: Window
     """Of these pixels those that are labelled."""
 
+    @classmethod
+    def whole(cls, values: Float32[np.ndarray, "height width bands"]) -> "Raster":
+        """One without a halo, of values that are NaN where there are no data."""
+        height, width, _ = values.shape
+        valid = np.isfinite(values).all(axis=2)
+        filled = np.ascontiguousarray(np.where(valid, np.moveaxis(values, 2, 0), np.float32(0)))
+        return cls(values=filled, valid=valid, core=Window(0, 0, width, height))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prediction:
@@ -174,23 +182,28 @@ class Predictor:
         return kept
 
     @torch.inference_mode()
-    def predict(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> list[Prediction | Reject]:
+    def predict(
+        self, images: Sequence[UInt8[np.ndarray, "_ _ 3"] | Float32[np.ndarray, "_ _ _"]]
+    ) -> list[Prediction | Reject]:
         """Labels images of any sizes.
 
         Args:
-            images: each (height, width, 3) uint8 RGB.
+            images: each (height, width, 3) uint8 RGB; for a model of bands windows of scenes without a halo, each
+                (height, width, bands) float32, NaN where there are no data.
 
         Returns:
             In their order, a prediction of each image's own height and width, or the reject of
             one for which the model gave numbers that are not finite, or that is too elongated to resize.
 
         Raises:
-            SettingsError: the model sees bands of scenes.
+            SettingsError: the model sees bands of scenes, and these are images.
         """
         if self._preprocessing.bands is not None:
-            raise SettingsError(
-                f"the model sees the bands {', '.join(self._preprocessing.bands)} of scenes, and these are images"
-            )
+            if any(image.dtype == np.uint8 for image in images):
+                raise SettingsError(
+                    f"the model sees the bands {', '.join(self._preprocessing.bands)} of scenes, and these are images"
+                )
+            return self.predict_windows([Raster.whole(values) for values in images])
         by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, image in enumerate(images):
             by_shape[image.shape].append(index)

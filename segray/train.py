@@ -32,7 +32,7 @@ from segray.augment import Augmentation
 from segray.classes import Classes
 from segray.errors import RunError, SegrayError, SettingsError, SourceError
 from segray.journal import BEST, Journal
-from segray.pairs import Census
+from segray.pairs import Census, shown
 from segray.progress import START_SECONDS, note
 from segray.schedule import Optimization
 from segray.worker import Parallel, Placement, Plan, train_on_worker, versions
@@ -59,7 +59,8 @@ class Train:
     """
 
     source: Positional[str]
-    """Folder or prefix of shards: tar (NAME.jpg with NAME.target.png) or Parquet (columns image, target)."""
+    """Folder or prefix of shards: tar (NAME.jpg with NAME.target.png) or Parquet (columns image, target); of images,
+    or of windows of scenes as the pack job cuts them."""
     sink: Positional[str]
     """Folder or prefix that receives checkpoint.safetensors, and all that training goes on from."""
     val: str | None = None
@@ -164,9 +165,11 @@ def train(job: Train) -> None:
             preprocessing=_preprocessing(to_train.census),
             seed=job.seed,
         )
-        if begin.preprocessing.bands is not None:
-            bands = ", ".join(begin.preprocessing.bands)
-            raise SettingsError(f"{job.model} sees the bands {bands} of scenes, and shards hold images of RGB")
+        if begin.preprocessing.bands != to_train.census.bands:
+            raise SettingsError(
+                f"{job.model} sees {shown(begin.preprocessing.bands)}, and {job.source} holds "
+                f"{shown(to_train.census.bands)}; pack the same ones, in this order"
+            )
         resized = dataclasses.replace(begin.preprocessing, resize=job.resize or begin.preprocessing.resize)
         begin = dataclasses.replace(begin, preprocessing=resized)
         module = model.build(begin)
@@ -175,7 +178,7 @@ def train(job: Train) -> None:
             raise SettingsError(
                 f"--crop {job.augmentation.crop} is no multiple of {multiple}, or below {minimum}, for {job.model}"
             )
-        _check_part(job, placement, module)
+        _check_part(job, placement, module, len(begin.preprocessing.channels))
         weights = balanced_weights(to_train.census.num_pixels.tolist()) if job.class_weights == "balanced" else None
         order = feed.Order(num_images=to_train.index.num_rows, batch_size=job.batch_size, seed=job.seed)
         plan = Plan(
@@ -328,11 +331,16 @@ def _check(job: Train, classes: Classes, to_train: feed.Split, to_validate: feed
                 f"{job.val} has the classes {', '.join(of_val.names)}, and {job.source} has "
                 f"{', '.join(classes.names)}; pack both with the same ones"
             )
+    if to_train.census.bands != to_validate.census.bands:
+        raise SettingsError(
+            f"{to_train.uri} holds {shown(to_train.census.bands)} to train on, and {to_validate.uri} "
+            f"{shown(to_validate.census.bands)} to validate on; pack both alike"
+        )
     if not to_validate.census.num_pixels.any():
         raise SourceError(f"{to_validate.uri}: the targets to validate on are void everywhere")
 
 
-def _check_part(job: Train, placement: Placement, module: Any) -> None:
+def _check_part(job: Train, placement: Placement, module: Any, num_channels: int) -> None:
     """Where a part of the batch is one crop: models that normalise an average over all of it cannot learn from that."""
     import torch
 
@@ -341,7 +349,7 @@ def _check_part(job: Train, placement: Placement, module: Any) -> None:
         return
     try:
         with torch.no_grad():
-            module.train()(torch.zeros(1, 3, job.augmentation.crop, job.augmentation.crop))
+            module.train()(torch.zeros(1, num_channels, job.augmentation.crop, job.augmentation.crop))
     except ValueError as error:
         raise SettingsError(
             f"{job.model} cannot learn from one crop at a time: {error}; raise --batch-size, or lower --workers or "
@@ -354,8 +362,15 @@ def _preprocessing(census: Census) -> "Preprocessing":
     from segray.model import Preprocessing
 
     mean, std = census.mean_and_std()
+    if census.bands is None:
+        return Preprocessing(
+            mean=tuple(round(value, 4) for value in mean), std=tuple(max(round(value, 4), 1e-3) for value in std)
+        )
+    # Bands are in any unit: significant digits, and what is the same everywhere is divided by nothing.
     return Preprocessing(
-        mean=tuple(round(value, 4) for value in mean), std=tuple(max(round(value, 4), 1e-3) for value in std)
+        channels=census.bands,
+        mean=tuple(float(f"{value:.6g}") for value in mean),
+        std=tuple(float(f"{value:.6g}") or 1.0 for value in std),
     )
 
 

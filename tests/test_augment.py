@@ -331,3 +331,49 @@ def test_settings_at_their_bounds_are_taken_and_work() -> None:
 def test_settings_are_read_without_torch_or_ray() -> None:
     code = "import sys, segray.augment; sys.exit(any(name in sys.modules for name in ('torch', 'ray')))"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def bands(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Four bands about 300, the last of them all twice the first."""
+    values = np.random.default_rng(seed).normal(300, 5, (height, width, 4)).astype(np.float32)
+    values[:, :, 3] = 2 * values[:, :, 0]
+    return values
+
+
+def test_bands_that_stay_are_the_window_itself() -> None:
+    image, target = bands(48, 48), np.random.default_rng(1).integers(0, 3, (48, 48), np.uint8)
+    image[5:9, 7] = np.nan
+    cut, ids = augment(image, target, dataclasses.replace(STILL, crop=48), 255, 0)
+    np.testing.assert_array_equal(cut, image)
+    np.testing.assert_array_equal(ids, np.where(np.isnan(image[:, :, 0]), 255, target))
+
+
+def test_bands_move_with_their_target_and_no_data_is_mixed_into_none() -> None:
+    target = np.kron(np.random.default_rng(0).integers(0, 3, (6, 6), np.uint8), np.ones((20, 20), np.uint8))
+    image = np.repeat(target[:, :, None].astype(np.float32) * 100 + 1000, 2, axis=2)
+    image[:, 70:90] = np.nan
+    moves = Augmentation(crop=64, scale=(0.5, 2.0), rotation=180.0, colour=0.0, blur=0.5, class_share=1.0)
+    for seed in range(20):
+        cut, ids = augment(image, target, moves, 255, seed)
+        assert cut.shape == (64, 64, 2)
+        assert cut.dtype == np.float32
+        there = np.isfinite(cut[:, :, 0])
+        assert (ids[~there] == 255).all()
+        # Zeros of what holds no data would pull a mean below what any pixel holds.
+        assert cut[there].min() >= 999.9
+        assert cut[there].max() <= 1200.1
+        inner = there & (ids != 255)
+        alike = np.abs(cut[:, :, 0][inner] - (ids[inner] * 100.0 + 1000)) < 50
+        assert alike.mean() > 0.8, "values and ids went the same way"
+
+
+def test_light_changes_all_bands_alike_whatever_their_unit() -> None:
+    image, target = bands(32, 32), np.zeros((32, 32), np.uint8)
+    image[0, 0] = np.nan
+    lit = dataclasses.replace(STILL, crop=32, colour=0.5)
+    cuts = [augment(image, target, lit, 255, seed)[0] for seed in range(10)]
+    for cut in cuts:
+        np.testing.assert_allclose(cut[:, :, 3], 2 * cut[:, :, 0], rtol=1e-5)
+        assert np.nanmax(np.abs(cut[:, :, 0] - 300)) < 40, "by a share of the spread, not of the value"
+        assert np.isnan(cut[0, 0]).all()
+    assert len({float(cut[1, 1, 0]) for cut in cuts}) == 10

@@ -46,6 +46,7 @@ OPTIONS = {
     "export": ["sink", "dest", "recipe", "scene", "simplify", "processes"],
     "pack": [
         *("source", "sink", "dataset", "classes", "column", "recipe", "min_confidence"),
+        *("window", "bands", "block_metres", "gap_metres"),
         *("format", "shard_images", "val_fraction", "seed"),
     ],
     "train": [

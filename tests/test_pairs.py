@@ -1,5 +1,6 @@
 import gzip
 import io
+import json
 import lzma
 import tarfile
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from segray import demo, pairs, retry
+from segray import bandfile, demo, pairs, retry
 from segray.classes import Classes
 from segray.demo import CLASSES, Draw
 from segray.errors import SourceError
@@ -506,3 +507,34 @@ def test_an_index_of_other_columns_is_none(indexed: Indexed) -> None:
     for other in (table.drop(["target_offset"]), table.append_column("more", pa.array([1, 2, 3]))):
         pq.write_table(other, path)
         assert read_index(folder, sizes) is None
+
+
+def test_a_census_of_bands_is_of_pixels_that_have_data(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(300, 5, (2, 9, 7, 3)).astype(np.float32)
+    values[0, :4] = np.nan
+    target = encode_png(np.where(np.isnan(values[0, :, :, 0]), 255, 1).astype(np.uint8), CLASSES.palette)
+    names = ("red", "nir", "swir")
+    members = {}
+    for number, window in enumerate(values):
+        members |= {f"{number}.npz": bandfile.encode_values(window, names), f"{number}.target.png": target}
+    shard = str(write_tar(tmp_path / "shard.tar", members))
+    index, census = survey(shard, CLASSES)
+    assert (index.num_rows, census.num_images, census.num_void) == (2, 2, 56)
+    assert (census.bands, census.num_valid) == (names, 63 + 35)
+    mean, std = census.mean_and_std()
+    pixels = values[np.isfinite(values).all(3)].astype(np.float64)
+    np.testing.assert_allclose(mean, pixels.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(std, pixels.std(0), rtol=1e-6)
+    again = Census.from_dict(json.loads(json.dumps(census.to_dict())))
+    assert again.to_dict() == census.to_dict()
+    for (uri, image, of_image), window in zip(read(index), values, strict=True):
+        np.testing.assert_array_equal(decode_pair(uri, image, of_image, CLASSES)[0], window)
+
+
+def test_shards_of_several_kinds_of_bands_are_refused(tmp_path: Path) -> None:
+    window, target = np.ones((4, 4, 2), np.float32), encode_png(np.zeros((4, 4), np.uint8), CLASSES.palette)
+    members = {}
+    for name, names in (("a", ("red", "nir")), ("b", ("nir", "red"))):
+        members |= {f"{name}.npz": bandfile.encode_values(window, names), f"{name}.target.png": target}
+    with pytest.raises(SourceError, match="the bands red, nir and of the bands nir, red lie in the same shards"):
+        survey(str(write_tar(tmp_path / "shard.tar", members)), CLASSES)

@@ -21,6 +21,8 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import rasterio
+from affine import Affine
 from PIL import Image
 
 from segray import demo, model
@@ -29,10 +31,14 @@ from segray.classes import Classes
 from segray.demo import CLASSES, Draw
 from segray.errors import ModelError, RunError, SettingsError, SourceError
 from segray.journal import Journal
-from segray.labelmap import encode_png
+from segray.label import Label, label
+from segray.labelmap import decode_png, encode_png
 from segray.model import Preprocessing
+from segray.pack import Pack, pack
 from segray.predict import Prediction, Predictor
 from segray.schedule import Optimization
+from segray.statistics import ConfusionMatrix
+from segray.tile import Scenes, Window
 from segray.train import Train, _place, train
 from segray.worker import Parallel, Placement
 from tests.cluster import cluster, head_options
@@ -565,3 +571,75 @@ def test_the_demo_checkpoint_knows_scenes_that_it_never_saw() -> None:
         assert isinstance(prediction, Prediction)
         confusion += ConfusionMatrix.of(target, prediction.label_map, len(CLASSES), CLASSES.ignore_index)
     assert confusion.miou() > 0.85
+
+
+def write_bands(folder: Path) -> np.ndarray:
+    """A scene of four bands, of which the last alone tells a class from the next, and some rows hold no data."""
+    height, width = 192, 224
+    target = (np.indices((height, width)) // 24).sum(0).astype(np.uint8) % 3
+    samples = np.random.default_rng(0).integers(5000, 6000, (4, height, width), np.uint16)
+    samples[3] += target * np.uint16(1500)
+    samples[:, :10] = 0
+    how: dict[str, Any] = {"driver": "GTiff", "height": height, "width": width, "crs": "EPSG:32633"}
+    how |= {"transform": Affine(10, 0, 500_000, 0, -10, 5_400_000)}
+    for name in ("images", "targets"):
+        (folder / name).mkdir()
+    with rasterio.open(folder / "images/field.tif", "w", count=4, dtype="uint16", nodata=0, **how) as file:
+        file.write(samples)
+        file.descriptions = ("red", "green", "blue", "nir")
+        file.scales = (1e-4,) * 4
+    with rasterio.open(folder / "targets/field.tif", "w", count=1, dtype="uint8", **how) as file:
+        file.write(target, 1)
+    (folder / "classes.json").write_text(json.dumps(["soil", "crop", "water"]))
+    return np.where(samples[0] > 0, target, 255)
+
+
+@pytest.fixture(scope="module")
+def bands(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tuple[Path, Path, np.ndarray]:
+    """A scene, its windows in shards, and its target."""
+    folder = tmp_path_factory.mktemp("bands")
+    (folder / "scenes").mkdir()
+    target = write_bands(folder / "scenes")
+    settings = {"window": 32, "shard_images": 16, "val_fraction": 0.3, "block_metres": 640.0, "gap_metres": 0.0}
+    pack(Pack(source=str(folder / "scenes"), sink=str(folder / "shards"), dataset="scenes", **settings))
+    return folder / "scenes", folder / "shards", target
+
+
+def test_what_is_trained_on_bands_labels_the_scene(bands: tuple[Path, Path, np.ndarray], tmp_path: Path) -> None:
+    scenes, shards, target = bands
+    still = Augmentation(crop=32, scale=(1.0, 1.0), rotation=180.0)
+    printed = run(job(shards, tmp_path / "model", num_epochs=8, augmentation=still))
+    assert printed[-1].startswith("wrote ")
+    checkpoint = model.load(f"{tmp_path}/model/checkpoint.safetensors")
+    fed = checkpoint.preprocessing
+    assert fed.bands == ("red", "green", "blue", "nir")
+    assert fed.mean[0] == pytest.approx(0.55, abs=0.01), "of reflectances, where there are data"
+    assert fed.std[3] > 3 * fed.std[0]
+    source = f"{scenes}/images"
+    settings = {"scenes": Scenes(size=96, halo=32), "actors": "1"}
+    label(
+        Label(
+            source=source, sink=str(tmp_path / "labels"), model=f"{tmp_path}/model/checkpoint.safetensors", **settings
+        )
+    )
+    confusion = ConfusionMatrix.zeros(3)
+    for row in pq.read_table(tmp_path / "labels/label_maps").to_pylist():
+        window = Window(row["col_off"], row["row_off"], row["width"], row["height"])
+        found = decode_png(row["label_map"])
+        expected = target[window.rows, window.cols].astype(np.uint8)
+        assert ((found == 255) == (expected == 255)).all(), "what holds no data is void"
+        confusion += ConfusionMatrix.of(expected, found, 3, 255)
+    assert confusion.counts.sum() == (target != 255).sum()
+    assert confusion.pixel_accuracy() > 0.7, confusion.counts
+
+
+def test_bands_and_images_do_not_go_together(
+    bands: tuple[Path, Path, np.ndarray], fields: Path, trained: tuple[Train, list[str]], tmp_path: Path
+) -> None:
+    _, shards, _ = bands
+    ours = f"{trained[0].sink}/checkpoint.safetensors"
+    classes = f"{shards}/classes.json"
+    with pytest.raises(SettingsError, match=r"to train on, and .* the bands red, green, blue, nir to validate on"):
+        train(job(fields, tmp_path, val=f"{shards}/val", classes=str(fields / "classes.json")))
+    with pytest.raises(SettingsError, match=r"sees red, green and blue \(images\), and .* the bands red, green, blue"):
+        train(job(shards, tmp_path, model=ours, arguments="{}", classes=classes, augmentation=Augmentation(crop=32)))

@@ -26,7 +26,7 @@ def cityscapes(tree: Tree) -> DataSet:
         SourceError: there is no such layout.
     """
     folders = {split: (f"leftImg8bit/{split}", f"gtFine/{split}") for split in ("train", "val")}
-    pairs = match(tree, folders, _LAYOUT, ["_leftImg8bit.png"], "_gtFine_labelIds.png")
+    pairs = match(tree, folders, _LAYOUT, ["_leftImg8bit.png"], ["_gtFine_labelIds.png"])
     classes, class_ids = _official()
     return DataSet(classes=classes, pairs=pairs, to_target=StoredIds(class_ids))
 

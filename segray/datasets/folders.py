@@ -20,7 +20,7 @@ from segray.datasets.dataset import (
 from segray.datasets.tree import Tree, match
 from segray.errors import Reject, SettingsError
 
-__all__ = ["IdsOrColours", "folders"]
+__all__ = ["IdsOrColours", "folders", "read_classes"]
 
 _LAYOUT = (
     "folders is images/ with targets/*.png, or {train,val,test}/{images,targets}/, where an image and its target "
@@ -41,6 +41,16 @@ def folders(tree: Tree, classes: str | None = None) -> DataSet:
     """
     splits = {split: (f"{split}/images", f"{split}/targets") for split in ("train", "val", "test")}
     pairs = match(tree, {"train": ("images", "targets")} if tree.has("images") else splits, _LAYOUT)
+    own = read_classes(tree, classes)
+    return DataSet(classes=own, pairs=pairs, to_target=IdsOrColours(own))
+
+
+def read_classes(tree: Tree, classes: str | None) -> Classes:
+    """The classes in a file, by default in `classes.json`.
+
+    Raises:
+        SettingsError: there are none, or ids of PNGs cannot hold their ignore_index.
+    """
     if classes is None:
         classes = tree.uri("classes.json")
         if not tree.has("classes.json"):
@@ -51,7 +61,7 @@ def folders(tree: Tree, classes: str | None = None) -> DataSet:
     read = Classes.read(classes)
     if not 0 <= read.ignore_index <= 0xFFFF:
         raise SettingsError(f"{classes}: ignore_index {read.ignore_index}: ids in a PNG lie between 0 and 65535")
-    return DataSet(classes=read, pairs=pairs, to_target=IdsOrColours(read))
+    return read
 
 
 @dataclass(frozen=True, slots=True)

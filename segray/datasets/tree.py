@@ -105,7 +105,7 @@ def match(
     folders: Mapping[str, tuple[str, str]],
     layout: str,
     image_suffixes: Sequence[str] = IMAGE_SUFFIXES,
-    target_suffix: str = ".png",
+    target_suffixes: Sequence[str] = (".png",),
 ) -> list[Pair]:
     """Pairs the files of folders of images and folders of targets whose paths are the same up to their suffixes.
 
@@ -117,7 +117,7 @@ def match(
             was not downloaded, and is left out.
         layout: what there should be, for the error.
         image_suffixes: what an image may end in; upper and lower case are the same here.
-        target_suffix: what a target ends in.
+        target_suffixes: what a target may end in.
 
     Raises:
         SourceError: there are no pairs, two files differ in their suffixes alone, or the store does not answer.
@@ -128,13 +128,13 @@ def match(
         if not (tree.has(images) and tree.has(targets)):
             continue
         image_of = _by_key(tree, images, image_suffixes)
-        target_of = _by_key(tree, targets, [target_suffix])
+        target_of = _by_key(tree, targets, target_suffixes)
         pairs += [
             Pair(
                 name=safe_name(key),
                 split=split,
                 image=tree.uri(image_of.get(key, f"{images}/{key}{image_suffix}")),
-                target=tree.uri(target_of.get(key, f"{targets}/{key}{target_suffix}")),
+                target=tree.uri(target_of.get(key, f"{targets}/{key}{target_suffixes[0]}")),
             )
             for key in image_of.keys() | target_of.keys()
         ]

@@ -1,0 +1,319 @@
+"""Scenes with their targets: rasters of class ids on the scenes' grids, or polygons.
+
+Windows are cut out of them, and go to train or to val by where on Earth they lie.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow.parquet as pq
+import shapely
+from affine import Affine
+from jaxtyping import Float32, UInt
+from pyproj import CRS
+from rasterio.features import bounds as bounds_of
+from rasterio.features import rasterize
+from rasterio.warp import transform_geom
+
+from segray.classes import Classes
+from segray.datasets.dataset import Pair, own_ids, to_class_ids
+from segray.datasets.tree import Tree, match
+from segray.errors import Reject
+from segray.retry import retrying
+from segray.scene import Scene, describe, read
+from segray.source import filesystem, look_up
+from segray.tile import Window
+
+__all__ = ["Blocks", "ScenePair", "look_at", "pairs_of", "read_window", "side_metres"]
+
+_LAYOUT = (
+    "scenes is images/ with targets/, or {train,val,test}/{images,targets}/, where an image (.tif, .jp2, .vrt, or "
+    "a STAC item's .json) and its target (.tif of class ids on the same grid; .geojson or .parquet of polygons) "
+    "differ in their endings alone"
+)
+_SCENES = (".tif", ".tiff", ".jp2", ".vrt", ".json")
+_RASTERS = (".tif", ".tiff")
+_POLYGONS = (".geojson", ".parquet")
+_PROPERTIES = ("class", "class_name", "class_id")
+_BACKGROUND = "background"
+_LONGITUDE_LATITUDE = "OGC:CRS84"
+_DRIFT_PIXELS = 0.01  # by which two grids may lie apart
+_OPEN_FILES = 16
+# A degree is no shorter than this, along a meridian and along the equator.
+_LATITUDE_METRES, _LONGITUDE_METRES = 110_574.0, 111_319.0
+
+_Shape = tuple[dict[str, Any], int]
+_Bounds = tuple[float, float, float, float]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScenePair:
+    """A scene with its target."""
+
+    scene: Scene
+    """With the bands that are wanted."""
+    target: Scene | str
+    """A raster on the same grid, or the URI of polygons."""
+    target_version: str
+    """Of what is there."""
+
+
+def pairs_of(tree: Tree) -> list[Pair]:
+    """Scenes and targets of the same names: all as the split train, or the splits train, val and test.
+
+    Raises:
+        SourceError: there is no such layout.
+    """
+    splits = {split: (f"{split}/images", f"{split}/targets") for split in ("train", "val", "test")}
+    folders = {"train": ("images", "targets")} if tree.has("images") else splits
+    pairs = match(tree, folders, _LAYOUT, _SCENES, (*_RASTERS, *_POLYGONS))
+    return sorted(pairs, key=lambda pair: (pair.split, pair.name))
+
+
+def look_at(pair: Pair, bands: Mapping[str, str] | None, classes: Classes) -> ScenePair:
+    """Describes a scene and its target; polygons are read, to see that they can be.
+
+    Args:
+        pair: one of `pairs_of`.
+        bands: those that are wanted, as `describe` takes them. None: all.
+        classes: of the target.
+
+    Raises:
+        Reject: one of the two is missing or damaged, or they do not fit together; it names the file.
+    """
+    assert pair.target is not None
+    scene = _named(pair.image, lambda: describe(pair.image, _version(pair.image), bands=bands))
+    version = _named(pair.target, lambda: _version(pair.target or ""))
+    if pair.target.lower().endswith(_POLYGONS):
+        _shapes(pair.target, version, scene.crs, classes)
+        return ScenePair(scene=scene, target=pair.target, target_version=version)
+    target = _named(pair.target, lambda: describe(pair.target or "", version))
+    if len(target.bands) != 1:
+        detail = f"{pair.target}: it has {len(target.bands)} bands, where class ids are one"
+        raise Reject("decode", "unreadable target", detail)
+    if not _on_one_grid(scene, target):
+        raise Reject(
+            "decode",
+            "size mismatch",
+            f"{pair.target}: its grid ({target.height}×{target.width} pixels, {target.crs}, {target.transform}) is not "
+            f"that of {pair.image} ({scene.height}×{scene.width} pixels, {scene.crs}, {scene.transform}); "
+            "warp it onto that with gdalwarp -r near",
+        )
+    return ScenePair(scene=scene, target=target, target_version=version)
+
+
+def read_window(
+    pair: ScenePair, window: Window, classes: Classes
+) -> tuple[Float32[np.ndarray, "height width bands"], UInt[np.ndarray, "height width"]] | None:
+    """The values of a window and its target.
+
+    Returns:
+        Values of the bands after scale and offset, NaN where there are no data; class ids, void there and where the
+        target says so. None: no pixel has both data and a class.
+
+    Raises:
+        Reject: a file is damaged, or what a pixel of the target holds stands for no class; it names the file.
+        RunError: the store cannot be reached.
+    """
+    if isinstance(pair.target, str):
+        target = _drawn(pair, pair.target, window, classes)
+    else:
+        target = _stored(pair.target, window, classes)
+    if (target == classes.ignore_index).all():
+        return None
+    values, valid = _named(pair.scene.uri, lambda: read(pair.scene, window))
+    target[~valid] = classes.ignore_index
+    if (target == classes.ignore_index).all():
+        return None
+    return np.moveaxis(np.where(valid, values, np.float32(np.nan)), 0, 2), target
+
+
+def side_metres(scene: Scene, size: int) -> float:
+    """How long a window of so many pixels is on the ground, in the middle of a scene."""
+    middle = Window(scene.width // 2, scene.height // 2, 1, 1)
+    return size * math.sqrt(float(scene.pixel_areas(middle)[0, 0]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """The Earth in blocks, each of which is to be trained or validated on, whichever scene lies there.
+
+    Blocks are about square: rows along circles of latitude, each cut into equal parts.
+    """
+
+    side_metres: float
+    """Of a block."""
+    gap_metres: float
+    """At least so far from each other do pixels lie of which one is trained and one validated on."""
+    val_fraction: float
+    """Share of blocks that are validated on."""
+
+    def split(self, bounds: _Bounds) -> str | None:
+        """`train` or `val`. None: it lies between.
+
+        Args:
+            bounds: of a window, as `Scene.bounds` gives them.
+        """
+        # With half of the gap around it a window lies in blocks of one kind; so two of different kinds have all of it.
+        kinds = {self._is_val(row, col) for row, col in self._around(bounds)}
+        return None if len(kinds) > 1 else "val" if kinds.pop() else "train"
+
+    def _around(self, bounds: _Bounds) -> Iterator[tuple[int, int]]:
+        """The row and column of each block in reach of a window."""
+        west, south, east, north = bounds
+        east += 360.0 if east < west else 0.0
+        beside = self.gap_metres / 2 / _LATITUDE_METRES
+        south, north = max(south - beside, -90.0), min(north + beside, 90.0)
+        shortest = max(math.cos(math.radians(max(-south, north))), 1e-9)
+        beside = self.gap_metres / 2 / (_LONGITUDE_METRES * shortest)
+        for row in range(self._row(south), self._row(north) + 1):
+            num_cols = self._num_cols(row)
+            first, last = (
+                math.floor((longitude + 180) / 360 * num_cols) for longitude in (west - beside, east + beside)
+            )
+            yield from ((row, col % num_cols) for col in range(first, min(last, first + num_cols - 1) + 1))
+
+    def _row(self, latitude: float) -> int:
+        return math.floor((latitude + 90) * _LATITUDE_METRES / self.side_metres)
+
+    def _num_cols(self, row: int) -> int:
+        latitude = (row + 0.5) * self.side_metres / _LATITUDE_METRES - 90
+        around = 360 * _LONGITUDE_METRES * max(math.cos(math.radians(latitude)), 0.0)
+        return max(round(around / self.side_metres), 1)
+
+    def _is_val(self, row: int, col: int) -> bool:
+        number = int.from_bytes(hashlib.blake2b(f"{row} {col}".encode(), digest_size=8).digest())
+        return number < self.val_fraction * 2**64
+
+
+def _named(uri: str, call: Callable[[], T]) -> T:
+    """What a call gives; its reject says of which file it is."""
+    try:
+        return call()
+    except Reject as reject:
+        detail = reject.detail if uri in reject.detail else f"{uri}: {reject.detail}"
+        raise Reject(reject.stage, reject.kind, detail) from reject
+
+
+def _version(uri: str) -> str:
+    version = look_up({"uri": uri, "version": None})
+    if isinstance(version, Reject):
+        raise version
+    return version
+
+
+def _on_one_grid(scene: Scene, target: Scene) -> bool:
+    if (scene.height, scene.width) != (target.height, target.width):
+        return False
+    if scene.crs != target.crs and CRS(scene.crs) != CRS(target.crs):
+        return False
+    there = ~Affine(*scene.transform) @ Affine(*target.transform)
+    corners = ((0, 0), (scene.width, 0), (0, scene.height), (scene.width, scene.height))
+    return all(math.dist(there @ corner, corner) <= _DRIFT_PIXELS for corner in corners)
+
+
+def _stored(scene: Scene, window: Window, classes: Classes) -> UInt[np.ndarray, "height width"]:
+    """The target in a raster of class ids; what has no data there is void."""
+    (stored,), valid = _named(scene.uri, lambda: read(scene, window))
+    stored = np.where(valid, stored, np.float32(classes.ignore_index))
+    strange = (stored < 0) | (stored != np.floor(stored))
+    if strange.any():
+        detail = (
+            f"{scene.uri}: it holds {stored[strange][0]:g}, which is no class id; declare it as nodata if it is that"
+        )
+        raise Reject("decode", "unknown id", detail)
+    return to_class_ids(stored.astype(np.uint32), own_ids(classes), scene.uri)
+
+
+def _drawn(pair: ScenePair, uri: str, window: Window, classes: Classes) -> UInt[np.ndarray, "height width"]:
+    """The target that polygons give: a pixel is of that in which its centre lies, the last one where they overlap."""
+    transform = Affine(*pair.scene.window_transform(window))
+    corners = [transform @ corner for corner in ((0, 0), (window.width, 0), (0, window.height))]
+    corners.append(transform @ (window.width, window.height))
+    xs, ys = zip(*corners, strict=True)
+    touching = [
+        (geometry, class_id)
+        for (geometry, class_id), (left, bottom, right, top) in _shapes(
+            uri, pair.target_version, pair.scene.crs, classes
+        )
+        if left <= max(xs) and right >= min(xs) and bottom <= max(ys) and top >= min(ys)
+    ]
+    # Where everything else has a class of its own, that is what lies outside; else nobody has said what does.
+    ground = classes.names.index(_BACKGROUND) if _BACKGROUND in classes.names else classes.ignore_index
+    dtype = np.min_scalar_type(max(len(classes) - 1, classes.ignore_index))
+    target = np.full((window.height, window.width), ground, dtype)
+    if touching:
+        rasterize(touching, out=target, transform=transform)
+    return target
+
+
+@functools.lru_cache(_OPEN_FILES)
+def _shapes(uri: str, version: str, crs: str, classes: Classes) -> list[tuple[_Shape, _Bounds]]:
+    """Polygons in a CRS, with their classes and bounds.
+
+    Raises:
+        Reject: there is something else in the file, or a polygon is of no class.
+    """
+    try:
+        fs, path = filesystem(uri)
+        data = bytes(retrying(functools.partial(fs.cat_file, path)))
+        from_crs, geometries, values = (_in_parquet if uri.lower().endswith(".parquet") else _in_geojson)(data)
+        others = {geometry["type"] for geometry in geometries} - {"Polygon", "MultiPolygon"}
+        if others:
+            raise ValueError(f"there are {', '.join(sorted(others))} in it; targets are of polygons")
+        class_ids = [_class_id(value, classes) for value in values]
+        there = transform_geom(from_crs, crs, geometries) if geometries else []
+    except Exception as error:  # whatever the store's client raises, and what is neither GeoJSON nor GeoParquet
+        detail = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise Reject("decode", "unreadable target", f"{uri}: {detail}") from error
+    return [((geometry, class_id), bounds_of(geometry)) for geometry, class_id in zip(there, class_ids, strict=True)]
+
+
+def _in_geojson(data: bytes) -> tuple[str, list[dict[str, Any]], list[Any]]:
+    """The CRS, the geometries and what their classes are called."""
+    found = json.loads(data)
+    features = [feature for feature in found["features"] if feature["geometry"] is not None]
+    # Before RFC 7946 a file said so if it was not in longitude and latitude; GDAL and QGIS still write it.
+    named = found.get("crs", {}).get("properties", {}).get("name")
+    crs = CRS.from_user_input(named).to_wkt() if named else _LONGITUDE_LATITUDE
+    return crs, [feature["geometry"] for feature in features], [_value(feature["properties"]) for feature in features]
+
+
+def _in_parquet(data: bytes) -> tuple[str, list[dict[str, Any]], list[Any]]:
+    """As `_in_geojson`, of GeoParquet."""
+    table = pq.read_table(io.BytesIO(data))
+    described = json.loads(table.schema.metadata[b"geo"])
+    column = described["primary_column"]
+    told = described["columns"][column].get("crs", _LONGITUDE_LATITUDE)
+    if told is None:
+        raise ValueError("it does not say in which CRS its polygons are")
+    crs = told if isinstance(told, str) else CRS.from_json_dict(told).to_wkt()
+    names = [name for name in _PROPERTIES if name in table.column_names]
+    rows = table.select([column, *names]).to_pylist()
+    rows = [row for row in rows if row[column] is not None]
+    geometries = [json.loads(shapely.to_geojson(shapely.from_wkb(row[column]))) for row in rows]
+    return crs, geometries, [_value(row) for row in rows]
+
+
+def _value(properties: Mapping[str, Any] | None) -> Any:
+    there = {name: value for name in _PROPERTIES if (value := (properties or {}).get(name)) is not None}
+    if not there:
+        raise ValueError(f"a polygon has no property {' or '.join(_PROPERTIES)}")
+    return next(iter(there.values()))
+
+
+def _class_id(value: Any, classes: Classes) -> int:
+    if value in classes.names:
+        return classes.names.index(value)
+    if isinstance(value, int) and (0 <= value < len(classes) or value == classes.ignore_index):
+        return value
+    raise ValueError(f"a polygon is of {value!r}, which is none of the classes {', '.join(classes.names)}, nor an id")
