@@ -15,7 +15,20 @@ import numpy as np
 
 # Every array that crosses a function of these modules is checked against its annotation.
 _CHECKED = [
-    *("augment", "bandfile", "cog", "crf", "datasets", "decode", "demo", "labelmap", "learn", "loss", "onnxgraph", "pairs"),
+    *(
+        "augment",
+        "bandfile",
+        "cog",
+        "crf",
+        "datasets",
+        "decode",
+        "demo",
+        "labelmap",
+        "learn",
+        "loss",
+        "onnxgraph",
+        "pairs",
+    ),
     *("picture", "polygons", "predict", "scene", "statistics", "stitch", "tile"),
 ]
 jaxtyping.install_import_hook([f"segray.{module}" for module in _CHECKED], "beartype.beartype")
