@@ -23,6 +23,7 @@ The modules, in the order in which data meets them:
     progress    what a person sees of a run
     label       the chain of all these
     pack        images and targets into shards
+    bandfile    windows of scenes as files, in shards
     pairs       shards of pairs: what is in them, and single pairs out of them
     augment     what a pair goes through in training
     feed        which pairs a step sees, and how they come there

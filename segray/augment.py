@@ -161,7 +161,7 @@ def _relit(
 
 def _window(
     image: _Image, target: _Target, size: int, class_share: float, ignore_index: int, rng: np.random.Generator
-) -> tuple[_Image, Integer[np.ndarray, "size size"]]:
+) -> tuple[UInt8[np.ndarray, "size size 3"] | Float32[np.ndarray, "size size bands"], Integer[np.ndarray, "size size"]]:
     """A square of an image and its target; where they are smaller, they lie somewhere in it."""
     height, width = target.shape
 

@@ -156,7 +156,7 @@ def geoparquet(polygons: Sequence[tuple[shapely.Polygon, Any]]) -> bytes:
     table = pa.table(columns).replace_schema_metadata({"geo": json.dumps(described)})
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer)
-    return buffer.getvalue().to_pybytes()
+    return bytes(buffer.getvalue())
 
 
 def with_polygons(folder: Path, name: str, data: bytes, classes: Classes = CLASSES) -> ScenePair:

@@ -514,7 +514,7 @@ def test_a_census_of_bands_is_of_pixels_that_have_data(tmp_path: Path) -> None:
     values[0, :4] = np.nan
     target = encode_png(np.where(np.isnan(values[0, :, :, 0]), 255, 1).astype(np.uint8), CLASSES.palette)
     names = ("red", "nir", "swir")
-    members = {}
+    members: dict[str, bytes] = {}
     for number, window in enumerate(values):
         members |= {f"{number}.npz": bandfile.encode_values(window, names), f"{number}.target.png": target}
     shard = str(write_tar(tmp_path / "shard.tar", members))
@@ -533,7 +533,7 @@ def test_a_census_of_bands_is_of_pixels_that_have_data(tmp_path: Path) -> None:
 
 def test_shards_of_several_kinds_of_bands_are_refused(tmp_path: Path) -> None:
     window, target = np.ones((4, 4, 2), np.float32), encode_png(np.zeros((4, 4), np.uint8), CLASSES.palette)
-    members = {}
+    members: dict[str, bytes] = {}
     for name, names in (("a", ("red", "nir")), ("b", ("nir", "red"))):
         members |= {f"{name}.npz": bandfile.encode_values(window, names), f"{name}.target.png": target}
     with pytest.raises(SourceError, match="the bands red, nir and of the bands nir, red lie in the same shards"):

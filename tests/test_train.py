@@ -600,7 +600,13 @@ def bands(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tuple[
     folder = tmp_path_factory.mktemp("bands")
     (folder / "scenes").mkdir()
     target = write_bands(folder / "scenes")
-    settings = {"window": 32, "shard_images": 16, "val_fraction": 0.3, "block_metres": 640.0, "gap_metres": 0.0}
+    settings: dict[str, Any] = {
+        "window": 32,
+        "shard_images": 16,
+        "val_fraction": 0.3,
+        "block_metres": 640.0,
+        "gap_metres": 0.0,
+    }
     pack(Pack(source=str(folder / "scenes"), sink=str(folder / "shards"), dataset="scenes", **settings))
     return folder / "scenes", folder / "shards", target
 
@@ -615,11 +621,13 @@ def test_what_is_trained_on_bands_labels_the_scene(bands: tuple[Path, Path, np.n
     assert fed.bands == ("red", "green", "blue", "nir")
     assert fed.mean[0] == pytest.approx(0.55, abs=0.01), "of reflectances, where there are data"
     assert fed.std[3] > 3 * fed.std[0]
-    source = f"{scenes}/images"
-    settings = {"scenes": Scenes(size=96, halo=32), "actors": "1"}
     label(
         Label(
-            source=source, sink=str(tmp_path / "labels"), model=f"{tmp_path}/model/checkpoint.safetensors", **settings
+            source=f"{scenes}/images",
+            sink=str(tmp_path / "labels"),
+            model=f"{tmp_path}/model/checkpoint.safetensors",
+            scenes=Scenes(size=96, halo=32),
+            actors="1",
         )
     )
     confusion = ConfusionMatrix.zeros(3)
