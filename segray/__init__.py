@@ -5,6 +5,7 @@ The modules, in the order in which data meets them:
     classes     Classes: ids, names, palette, ignore_index
     source      URI → what is there, and its bytes
     decode      bytes → image, or a reject
+    scene       rasters with a place on Earth, and the pixels of a window of them
     tile        Window, Tiling, windows(height, width)
     model       name or checkpoint → module, Classes, preprocessing
     predict     Predictor, the actor class

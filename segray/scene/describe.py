@@ -204,6 +204,8 @@ def _fitted(points: Sequence[Any]) -> Affine:
         Reject: they lie on no straight grid.
     """
     transform: Affine = from_gcps(points)
+    if transform.is_degenerate:  # as of a single point
+        return transform
     errors = [math.dist(~transform @ (point.x, point.y), (point.col, point.row)) for point in points]
     if max(errors) > _GCP_ERROR_PIXELS:
         raise Reject(

@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 
 import rasterio
 from fsspec.core import url_to_fs
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio._err import CPLE_BaseError
+from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError, RPCError
 from rasterio.session import DummySession
 
 from segray.errors import Reject, RunError
@@ -52,6 +53,9 @@ _OPTIONS = {
     "GDAL_INGESTED_BYTES_AT_OPEN": "32768",
     "VSI_CACHE": "TRUE",
 }
+
+# The last two slip through rasterio where a header is damaged.
+_GDAL_ERRORS = (RasterioError, CRSError, RPCError, CPLE_BaseError, UnicodeDecodeError)
 
 _MAX_IDLE_DATASETS = 32
 _DAMAGED_TRIES = 3
@@ -115,7 +119,7 @@ def with_dataset(path: str, version: str, action: Callable[[rasterio.DatasetRead
         try:
             with _environment(path), opened(path, version) as dataset:
                 return action(dataset)
-        except RasterioError as error:
+        except _GDAL_ERRORS as error:
             said = _said(error)
             fault = _asked(path)
             if fault is not None and not is_transient(fault):
