@@ -294,7 +294,7 @@ NOWHERE: dict[str, tuple[dict[str, Any], str]] = {
     "no geotransform": ({"transform": None}, "no geotransform; .* -a_ullr"),
     "RPCs alone": ({"crs": None, "transform": None, "rpcs": RPCS}, "RPCs alone; .* gdalwarp -rpc"),
     "points that bend": ({"transform": None, "gcps": control_points(0.2)}, "9 ground control points .* gdalwarp -tps"),
-    "a single point": ({"transform": None, "gcps": control_points()[:1]}, "a pixel has no size"),
+    "points in a line": ({"transform": None, "gcps": control_points()[:3]}, "its 3 ground control points do not span"),
     "no size": ({"transform": Affine(10, 0, 5e5, 0, 0, 4e6)}, "a pixel has no size"),
     "metres for degrees": ({"crs": "EPSG:4326"}, "outside its CRS"),
     "beyond its CRS": ({"transform": Affine(10, 0, 1e9, 0, -10, 1e9)}, "outside its CRS"),
