@@ -6,6 +6,7 @@ The modules, in the order in which data meets them:
     source      URI → what is there, and its bytes
     catalog     URI → which scenes there are, and a look at each
     decode      bytes → image, or a reject
+    scene       rasters with a place on Earth, and the pixels of a window of them
     tile        Window, Tiling, windows(height, width)
     scene       rasters with a place on Earth, and their pixels, a window at a time
     cut         scenes → windows: which there are, and reading them

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import rasterio
 from affine import Affine
 from rasterio.enums import ColorInterp, MaskFlags
-from rasterio.transform import from_gcps
 
 from segray.errors import Reject, SettingsError
 from segray.scene.bands import Band, Listed, Scene, chosen, declared_nodata, placed
@@ -198,12 +198,22 @@ def _place(dataset: rasterio.DatasetReader) -> tuple[str, Transform]:
 
 
 def _fitted(points: Sequence[Any]) -> Affine:
-    """The transform of ground control points.
+    """The transform of ground control points; that of rasterio is of arbitrary numbers where there is none.
 
     Raises:
-        Reject: they lie on no straight grid.
+        Reject: they are too few, or lie on no straight grid.
     """
-    transform: Affine = from_gcps(points)
+    pixels = np.array([(point.col, point.row, 1.0) for point in points])
+    places = np.array([(point.x, point.y) for point in points])
+    origin = places.mean(axis=0)
+    fit, _, rank, _ = np.linalg.lstsq(pixels, places - origin)
+    if rank < 3:
+        detail = f"its {len(points)} ground control points do not span a grid: three are needed that are not in line"
+        raise Reject("decode", "no place", detail)
+    fit[2] += origin
+    transform = Affine(*fit.T.ravel())
+    if transform.is_degenerate:
+        return transform
     errors = [math.dist(~transform @ (point.x, point.y), (point.col, point.row)) for point in points]
     if max(errors) > _GCP_ERROR_PIXELS:
         raise Reject(
