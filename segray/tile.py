@@ -7,6 +7,8 @@ from segray.errors import SettingsError
 
 __all__ = ["Scenes", "Tiling", "Window", "cores", "windows", "windows_into"]
 
+_HALO = 128
+
 
 @dataclass(frozen=True, slots=True)
 class Window:
@@ -77,7 +79,7 @@ class Scenes:
     """Take SOURCE for scenes (GeoTIFF, COG, JPEG 2000, VRT, STAC items), labelled in windows of so many pixels a side,
     or as many more as the model's stride asks for; 1024 is usual. None: for images."""
 
-    halo: int = 128
+    halo: int = _HALO
     """Pixels around a window that the model sees too, and that are not kept; likewise."""
 
     area: str | None = None
@@ -88,7 +90,7 @@ class Scenes:
             raise SettingsError(f"scenes.size {self.size}: must be at least 1 pixel")
         if self.halo < 0:
             raise SettingsError(f"scenes.halo {self.halo}: must be at least 0 pixels")
-        if self.size is None and self != Scenes():
+        if self.size is None and (self.halo, self.area) != (_HALO, None):
             raise SettingsError("scenes.halo and scenes.area are of scenes; give scenes.size, such as 1024")
 
     def around(self, core: Window, height: int, width: int) -> Window:

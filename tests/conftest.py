@@ -15,7 +15,7 @@ import numpy as np
 
 # Every array that crosses a function of these modules is checked against its annotation.
 _CHECKED = [
-    *("augment", "cog", "crf", "datasets", "decode", "demo", "labelmap", "learn", "loss", "onnxgraph", "pairs"),
+    *("augment", "cog", "crf", "cut", "datasets", "decode", "demo", "labelmap", "learn", "loss", "onnxgraph", "pairs"),
     *("polygons", "predict", "statistics", "stitch", "tile"),
 ]
 jaxtyping.install_import_hook([f"segray.{module}" for module in _CHECKED], "beartype.beartype")
