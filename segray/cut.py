@@ -234,8 +234,9 @@ def read_windows(windows: pa.Table, scenes: Scenes, area: Area | None) -> Iterat
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     def column(field: pa.Field) -> pa.Array:
-        found = [row.get(field.name) for row in rows]
-        return binary(found) if pa.types.is_large_binary(field.type) else pa.array(found, field.type)
+        if pa.types.is_large_binary(field.type):
+            return binary([row[field.name] for row in rows])
+        return pa.array([row.get(field.name) for row in rows], field.type)
 
     return pa.table([column(field) for field in RASTERS], schema=RASTERS)
 
