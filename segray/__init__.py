@@ -6,10 +6,11 @@ The modules, in the order in which data meets them:
     source      URI → what is there, and its bytes
     catalog     URI → which scenes there are, and a look at each
     decode      bytes → image, or a reject
-    tile        Window, Tiling, windows(height, width)
+    tile        Window, Tiling, Scenes: how images and scenes are cut
     scene       rasters with a place on Earth, and their pixels, a window at a time
-    cut         scenes → windows: which there are, and reading them
     preprocessing  what a model is fed, and which bands of a scene that is
+    cut         scenes → windows, each a task's work
+    columns     arrays as columns of tables
     onnxgraph   ONNX files → what describes them, and a module
     model       name or checkpoint → module, Classes, preprocessing
     predict     Predictor, the actor class
@@ -22,6 +23,9 @@ The modules, in the order in which data meets them:
     session     a Ray cluster to run on
     progress    what a person sees of a run
     label       the chain of all these
+    export      labelled scenes → rasters, polygons, STAC items
+    cog         label maps of windows → a Cloud-Optimised GeoTIFF
+    polygons    label maps of windows → outlines of classes
     pack        images and targets into shards
     pairs       shards of pairs: what is in them, and single pairs out of them
     augment     what a pair goes through in training

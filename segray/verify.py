@@ -1,7 +1,6 @@
 """A label store, read back and proved: every part, every label map, every count, as Ray tasks."""
 
 import contextlib
-import functools
 import secrets
 import sys
 import threading
@@ -24,7 +23,7 @@ from segray.classes import Classes
 from segray.errors import RunError, SegrayError, SettingsError, SinkError, SourceError
 from segray.labelmap import decode_png
 from segray.lock import hold
-from segray.preprocessing import Preprocessing, match_bands
+from segray.preprocessing import Preprocessing
 from segray.progress import note, print_table
 from segray.session import root_cause, session
 from segray.source import Source, fetch, image_id, is_shard, known
@@ -125,11 +124,13 @@ def verify(job: Verify) -> None:
         RunError: there are problems; they were printed.
     """
     store = LabelStore.open(job.sink)
-    if job.source is not None:
-        Source(job.source, job.column)  # or nothing is there
     if job.recipe is not None:
         store.recipe(job.recipe)  # or there is none
     recipe_ids = _recipe_ids(store) if job.recipe is None else [job.recipe]
+    if job.source is not None:
+        for recipe_id in recipe_ids:
+            with contextlib.suppress(SinkError, KeyError):  # of which more is said below
+                _source(job, store.recipe(recipe_id))  # or nothing is there
     if not recipe_ids:
         raise SinkError(f"{job.sink}: the label store is empty; `segray label SOURCE {job.sink}` fills it")
 
@@ -156,7 +157,7 @@ def verify(job: Verify) -> None:
                 problems.add_all(part.problems)
             parts += found
             if job.source is not None:
-                source = Source(job.source, job.column, of_scenes="scenes" in recipe)
+                source = _source(job, recipe)
                 done = np.sort(np.concatenate([np.array([], "S32"), *(part.ids for part in found)]))
                 missing = _find_missing(ray, source, recipe, done)
                 _show(missing.problems, "images that are missing")
@@ -355,7 +356,17 @@ def _find_duplicates(parts: Sequence[_Part]) -> None:
         part.problems.add([f"{part.paths[0]}: {which}"])
 
 
-def _find_missing(ray: Any, source: Source, recipe: Mapping[str, Any], done: np.ndarray) -> _Missing:
+def _source(job: Verify, recipe: Mapping[str, Any]) -> Any:
+    """What SOURCE names, as `label` took it."""
+    assert job.source is not None
+    if "scenes" not in recipe:
+        return Source(job.source, job.column)
+    from segray.catalog import SceneSource
+
+    return SceneSource(job.source, job.column, bands=_scenes(recipe).calls, area=recipe["scenes"]["area"])
+
+
+def _find_missing(ray: Any, source: Any, recipe: Mapping[str, Any], done: np.ndarray) -> _Missing:
     """Finds the images of the source that are not done: loose ones from the listing alone, the others by tasks.
 
     Of scenes these are windows, which a look at each scene tells.
@@ -406,20 +417,29 @@ def _look(entries: pa.Table, done: np.ndarray, column: str | None) -> _Missing:
 
 def _look_at_scenes(entries: pa.Table, done: np.ndarray, recipe: Mapping[str, Any]) -> _Missing:
     """Cuts scenes as `label` would, which gives windows, or rejects, that are done or not."""
+    import shapely
+
+    from segray.catalog import scene_version
     from segray.cut import Area, windows_of
 
     missing = _Missing()
-    size, halo, area = (recipe["scenes"][name] for name in ("size", "halo", "area"))
-    wanted = None if area is None else Area(tuple(area["geometries"]))
-    match = functools.partial(match_bands, Preprocessing.from_dict(recipe["preprocessing"]))
+    of_scenes, area = _scenes(recipe), recipe["scenes"]["area"]
+    wanted = None if area is None else Area(shapely.MultiPolygon(shapely.geometry.shape(area)))
+    preprocessing = Preprocessing.from_dict(recipe["preprocessing"])
     for entry in entries.to_pylist():
-        windows = windows_of(entry, Scenes(size=size, halo=halo), wanted, match).to_pylist()
+        version = entry["version"] or scene_version(entry["uri"], of_scenes.calls)
+        windows = windows_of(entry["uri"], version, of_scenes, wanted, preprocessing, entry["item"]).to_pylist()
         missing.num_seen += len(windows)
-        ids = np.array([image_id(window["uri"], window["version"] or "") for window in windows], "S32")
-        for row in np.flatnonzero(~known(ids, done)):
+        for row in np.flatnonzero(~known(np.array([window["image_id"] for window in windows], "S32"), done)):
             reason = windows[row]["reason"]
             missing.problems.add([windows[row]["uri"] + (f" ({reason})" if reason else "")])
     return missing
+
+
+def _scenes(recipe: Mapping[str, Any]) -> Scenes:
+    """How the scenes of a recipe were cut; its area stands in the recipe itself."""
+    told = {name: value for name, value in recipe["scenes"].items() if name != "area"}
+    return Scenes(**told | {"bands": tuple(told.get("bands", ()))})
 
 
 def _check_runs(store: LabelStore, recipe_id: str | None, problems: _Problems) -> int:

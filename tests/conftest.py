@@ -20,6 +20,7 @@ _CHECKED = [
         "bandfile",
         "cog",
         "crf",
+        "cut",
         "datasets",
         "decode",
         "demo",

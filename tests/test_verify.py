@@ -536,7 +536,7 @@ CORNER = {
     ("area", "cores"),
     [
         (None, ["0,0,32,32", "32,0,18,32", "0,32,32,8", "32,32,18,8"]),
-        ({"geometries": [CORNER]}, ["0,0,32,32", "0,32,32,8"]),
+        ({"type": "MultiPolygon", "coordinates": [CORNER["coordinates"]]}, ["0,0,32,32", "0,32,32,8"]),
     ],
 )
 def test_every_window_of_the_sources_scenes_is_labelled_or_the_scene_rejected(
