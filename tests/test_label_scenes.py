@@ -17,7 +17,7 @@ import rasterio
 import shapely
 from pyproj import Geod, Transformer
 
-from segray import cut
+from segray import catalog
 from segray.classes import Classes
 from segray.errors import SettingsError, SourceError
 from segray.label import Label, label
@@ -214,7 +214,7 @@ def test_the_summary_speaks_of_windows_and_scenes(labelled: Labelled) -> None:
 
 
 def test_a_second_run_does_nothing_and_opens_no_scene(labelled: Labelled, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cut, "describe", pytest.fail)
+    monkeypatch.setattr(catalog, "describe", pytest.fail)
     before = listing(Path(labelled.job.sink))
     label(labelled.job)
     run = newest_run(labelled.job.sink)
@@ -306,7 +306,7 @@ def test_a_manifest_of_scenes_on_s3_is_labelled_and_not_opened_again(
         opened.append(uri)
         return describe(uri, *arguments, **more)
 
-    monkeypatch.setattr(cut, "describe", describe_)
+    monkeypatch.setattr(catalog, "describe", describe_)
     label(job)
     assert set(opened) == {f"{root}/in/late.tif"}
     counts = newest_run(job.sink)["counts"]
