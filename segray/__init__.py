@@ -23,9 +23,6 @@ The modules, in the order in which data meets them:
     session     a Ray cluster to run on
     progress    what a person sees of a run
     label       the chain of all these
-    export      labelled scenes → rasters, polygons, STAC items
-    cog         label maps of windows → a Cloud-Optimised GeoTIFF
-    polygons    label maps of windows → outlines of classes
     pack        images and targets into shards
     bandfile    windows of scenes as files, in shards
     pairs       shards of pairs: what is in them, and single pairs out of them
@@ -46,9 +43,6 @@ The modules, in the order in which data meets them:
     polygons    label maps of windows → polygons
     compact     a label store, its small parts merged
     verify      a label store, read back and proved
-    polygons    label maps of windows → polygons of a scene
-    cog         label maps of windows → a Cloud-Optimised GeoTIFF
-    export      labelled scenes for a GIS
     demo        drawn scenes with exact targets
     lock        one writer at a time
     retry       faults that pass

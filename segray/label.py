@@ -43,7 +43,6 @@ __all__ = ["Label", "Placement", "label", "place"]
 _LABELLING = 1  # to be raised with any change of code that changes label maps: it begins new recipes
 _IMAGES_PER_BLOCK = 32, 512  # at first, and at most
 _WINDOWS_PER_BLOCK = 4, 64
-_SCENES_PER_PAGE = 256
 _NUM_SMALL_BLOCKS = 1000
 _PIXEL_BYTES = 64 * 2**20
 _TASK_CPUS = 0.25  # beside a model that computes on all cores, the other stages mostly wait
@@ -732,7 +731,7 @@ class _Page:
     num_in_shards_done: int
     """Images in them."""
     is_unversioned: bool
-    """Whether entries have no version, so that each is looked up before it is read."""
+    """Whether entries have no version, or had none in an earlier run, so that its rejects may be put right."""
 
 
 def _pages(job: Label, source: Any, sink: Any, done: np.ndarray, checkpoint: Any, recipe_id: str) -> Iterator[_Page]:
@@ -778,7 +777,7 @@ def _scene_pages(
     """Likewise of scenes, whose windows are loose images; what those are is noted in the sink, as it is of shards."""
     from segray.catalog import scene_version
     from segray.cut import WINDOWS, windows_of
-    from segray.source import known, shard_id
+    from segray.source import image_id, known, shard_id
 
     noted = sink.shards()
     area = _area(job)
@@ -799,19 +798,19 @@ def _scene_pages(
     num_scenes = num_outside = 0
     with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
         for table in source.entries():
-            for first in range(0, table.num_rows, _SCENES_PER_PAGE):
-                some = table.slice(first, _SCENES_PER_PAGE)
-                found = list(pool.map(look_at, some.to_pylist()))
-                num_scenes += len(found)
-                num_outside += sum(windows.num_rows + number == 0 for windows, number, _ in found)
-                yield _Page(
-                    loose=pa.concat_tables([WINDOWS.empty_table(), *(windows for windows, _, _ in found)]),
-                    shards=WINDOWS.empty_table(),
-                    num_present=sum(number for _, number, _ in found),
-                    num_shards_done=sum(is_known for _, _, is_known in found),
-                    num_in_shards_done=sum(number for _, number, is_known in found if is_known),
-                    is_unversioned=some["version"].null_count > 0,
-                )
+            found = list(pool.map(look_at, table.to_pylist()))
+            num_scenes += len(found)
+            num_outside += sum(windows.num_rows + number == 0 for windows, number, _ in found)
+            # By these an earlier run rejected what it could not look up.
+            versionless = np.array([image_id(uri, "") for uri in table["uri"].to_pylist()], "S32")
+            yield _Page(
+                loose=pa.concat_tables([WINDOWS.empty_table(), *(windows for windows, _, _ in found)]),
+                shards=WINDOWS.empty_table(),
+                num_present=sum(number for _, number, _ in found),
+                num_shards_done=sum(is_known for _, _, is_known in found),
+                num_in_shards_done=sum(number for _, number, is_known in found if is_known),
+                is_unversioned=bool(known(versionless, done).any()),
+            )
     if num_outside:
         note(f"{num_outside:,} of {num_scenes:,} scenes lie outside of {job.scenes.area}; nothing of them is labelled")
 
@@ -831,7 +830,7 @@ class _Index:
     num_other: int
     """Objects that are neither images nor shards."""
     is_unversioned: bool
-    """Whether entries have no version, so that each is looked up before it is read."""
+    """Whether entries have no version, or had none in an earlier run, so that its rejects may be put right."""
 
     @property
     def num_images(self) -> int:

@@ -7,8 +7,6 @@ from segray.errors import SettingsError
 
 __all__ = ["Scenes", "Tiling", "Window", "cores", "windows", "windows_into"]
 
-_HALO = 128
-
 
 @dataclass(frozen=True, slots=True)
 class Window:
@@ -79,7 +77,7 @@ class Scenes:
     """Take SOURCE for scenes (GeoTIFF, COG, JPEG 2000, VRT, STAC items), labelled in windows of so many pixels a side,
     or as many more as the model's stride asks for; 1024 is usual. None: for images."""
 
-    halo: int = _HALO
+    halo: int = 128
     """Pixels around a window that the model sees too, and that are not kept; likewise."""
 
     area: str | None = None

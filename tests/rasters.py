@@ -25,36 +25,23 @@ def samples(height: int, width: int, num_bands: int = len(BANDS), seed: int = 0)
     return drawn
 
 
-def write(
-    path: Path,
-    bands: np.ndarray,
-    *,
-    names: Sequence[str] = BANDS,
-    crs: str = UTM,
-    transform: Affine = UTM_GRID,
-    **how: Any,
-) -> str:
-    """Writes (bands, height, width) as a GeoTIFF in blocks of 32 pixels, and returns its path."""
-    count, height, width = bands.shape
-    profile = {"dtype": bands.dtype, "crs": crs, "transform": transform, "nodata": NODATA, **how}
-    tiling = {"tiled": True, "blockxsize": 32, "blockysize": 32}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with rasterio.open(path, "w", "GTiff", count=count, height=height, width=width, **tiling, **profile) as file:
-        file.descriptions = names
-        file.write(bands)
-    return str(path)
-
-
 def write_raster(path: Path, samples: np.ndarray, names: tuple[str, ...] = (), **form: Any) -> Path:
     """Writes a GeoTIFF of (bands, height, width), in EPSG:32633 unless told; returns its path."""
     count, height, width = samples.shape
     place = {"crs": "EPSG:32633", "transform": TRANSFORM} | form
     path.parent.mkdir(parents=True, exist_ok=True)
     with rasterio.open(path, "w", "GTiff", width, height, count, dtype=samples.dtype, **place) as raster:
-        raster.write(samples)
         for index, name in enumerate(names, 1):
             raster.set_band_description(index, name)
+        raster.write(samples)
     return path
+
+
+def write(path: Path, bands: np.ndarray, *, names: tuple[str, ...] = BANDS, **form: Any) -> str:
+    """Writes (bands, height, width) in blocks of 32 pixels, in UTM unless told, and returns the path."""
+    blocks = {"tiled": True, "blockxsize": 32, "blockysize": 32}
+    place = {"crs": UTM, "transform": UTM_GRID, "nodata": NODATA}
+    return str(write_raster(path, bands, names, **(blocks | place | form)))
 
 
 def write_area(path: Path, *rings: Sequence[tuple[float, float]]) -> str:

@@ -456,7 +456,7 @@ def test_a_source_without_scenes_is_refused(tmp_path: Path) -> None:
 
 def test_models_that_do_not_go_with_the_settings_are_refused(photos: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "m.onnx", convolutions(), described())
-    with pytest.raises(SettingsError, match="sees the bands red, green, blue, nir of scenes, and SOURCE is read as im"):
+    with pytest.raises(SettingsError, match=r"sees the bands red, green, blue, nir of scenes; give --scenes\.size"):
         label(Label(source=str(photos), sink=str(tmp_path / "labels"), model=path))
     path = write(tmp_path / "rgb.onnx", convolutions(3), {"classes": 3, "bands": "RGB"})
     with pytest.raises(SettingsError, match=r"--dtype bfloat16: what .* computes in stands in its graph; leave it out"):

@@ -232,6 +232,18 @@ def test_a_mask_says_what_is_valid(where: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(values, samples * mask)
 
 
+def test_a_fourth_band_with_a_name_of_its_own_is_no_alpha(tmp_path: Path) -> None:
+    samples = numbers(4, 5, 6, dtype="uint8")
+    samples[3, :2] = 0
+    for names, expected in ((("red", "green", "blue", "nir"), 4), (("red", "green", "blue", "Alpha band"), 3)):
+        path = draw(tmp_path / f"{expected}.tif", samples, descriptions=names)
+        with rasterio.open(path) as file:
+            assert file.colorinterp[3] == ColorInterp.alpha, "as GDAL takes it"
+        values, valid = read_all(path)
+        assert len(values) == expected
+        assert valid[:2].all() == (expected == 4)
+
+
 def test_scale_and_offset_make_values_of_samples(tmp_path: Path) -> None:
     samples = numbers(2, 8, 9)
     samples[0, 0, 0] = 0

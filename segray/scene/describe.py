@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ __all__ = ["describe"]
 _SLOT = "{band}"
 _COLOURS = (ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.nir)
 _GCP_ERROR_PIXELS = 1.0
+_ALPHA = re.compile("alpha|mask", re.IGNORECASE)
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -147,7 +149,7 @@ def _looked_at(dataset: rasterio.DatasetReader) -> _File:
         dataset.scales,
         dataset.offsets,
         tuple(declared_nodata(nodata) for nodata in dataset.nodatavals),
-        colours.index(ColorInterp.alpha) + 1 if ColorInterp.alpha in colours else None,
+        _alpha(dataset.descriptions, colours),
         None if is_masked else _mask_beside(dataset.name),
     )
 
@@ -163,6 +165,14 @@ def _names(descriptions: Sequence[str | None], colours: Sequence[ColorInterp]) -
         else:
             names.append(str(index))
     return tuple(names)
+
+
+def _alpha(descriptions: Sequence[str | None], colours: Sequence[ColorInterp]) -> int | None:
+    """The alpha band; writers call the fourth of four one, unless told, but do not describe it as another."""
+    for index, (description, colour) in enumerate(zip(descriptions, colours, strict=True), 1):
+        if colour == ColorInterp.alpha and (not description or _ALPHA.search(description)):
+            return index
+    return None
 
 
 def _mask_beside(path: str) -> str | None:
