@@ -270,7 +270,7 @@ def test_each_architecture_learns_eight_street_scenes_by_heart(
     ours = Learner(checkpoint, settings, Loss.parse("ce+dice", CAMVID_CLASSES), 600)
     whole = torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(targets)).long()
     confusion = ConfusionMatrix.zeros(num_classes)
-    while confusion.miou() < 0.95 and ours.num_steps_done < 600:
+    while not confusion.miou() > 0.95 and ours.num_steps_done < 600:
         for _ in range(20):
             ours.step(*whole)
         confusion = ConfusionMatrix.zeros(num_classes)
