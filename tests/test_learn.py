@@ -249,9 +249,9 @@ def by_heart(name: str, *, slowly: bool = True, pixels: int = 8, learning_rate: 
         by_heart("segformer_mit_b0", pixels=16),
         by_heart(
             "dpt_tu-vit_tiny_patch16_224",
-            pixels=16,
-            decoder_fusion_channels=64,
-            decoder_intermediate_channels=[32, 64, 96, 96],
+            learning_rate=1e-3,
+            decoder_fusion_channels=32,
+            decoder_intermediate_channels=[32] * 4,
         ),
         by_heart("fcn_resnet50"),
         by_heart("deeplabv3_resnet50"),
