@@ -26,7 +26,7 @@ from segray.source import filesystem, is_shard
 from segray.statistics import ConfusionMatrix
 from segray.store import image_name
 
-__all__ = ["Training"]
+__all__ = ["Training", "data_uri"]
 
 _MAX_POINTS = 400
 _MAX_IMAGES = 8
@@ -227,7 +227,7 @@ def _shown(pair: _Pair | str, prediction: _LabelMap | str, classes: Classes) -> 
     size = max(1, round(width * scale)), max(1, round(height * scale))
     photo = Image.fromarray(_photo(image)).resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
     shown |= {"height": height, "width": width}
-    shown |= {"image": _data_uri(photo, "JPEG", quality=82), "target": _drawn(target, size, classes)}
+    shown |= {"image": data_uri(photo, "JPEG", quality=82), "target": _drawn(target, size, classes)}
     if isinstance(prediction, str):
         return shown | {"missing": f"there is no prediction: {prediction}"}
     iou = ConfusionMatrix.of(target, prediction, len(classes), classes.ignore_index).iou()
@@ -254,10 +254,11 @@ def _drawn(label_map: _LabelMap, size: tuple[int, int], classes: Classes) -> str
     """A PNG of the size (width, height) in the classes' colours; void is transparent."""
     small = np.asarray(Image.fromarray(label_map).resize(size, Image.Resampling.NEAREST))
     opaque = np.where(small < len(classes), 255, 0).astype(np.uint8)
-    return _data_uri(Image.fromarray(np.dstack([colourise(small, classes.palette), opaque])), "PNG", optimize=True)
+    return data_uri(Image.fromarray(np.dstack([colourise(small, classes.palette), opaque])), "PNG", optimize=True)
 
 
-def _data_uri(image: Image.Image, kind: str, **options: Any) -> str:
+def data_uri(image: Image.Image, kind: str, **options: Any) -> str:
+    """An image inside a page: as a file of this kind (JPEG, PNG), saved with Pillow's options, in its own URI."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

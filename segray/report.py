@@ -1,6 +1,5 @@
 """A sink as one HTML page, and the label maps and masks of a label store as PNG."""
 
-import base64
 import hashlib
 import heapq
 import html
@@ -23,12 +22,12 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import UInt, UInt8
+from jaxtyping import UInt
 from PIL import Image
 from tyro.conf import Positional
 
 from segray.classes import RGB, Classes
-from segray.curves import Training
+from segray.curves import Training, data_uri
 from segray.decode import decode
 from segray.errors import Reject, RunError, SegrayError, SettingsError, SinkError
 from segray.labelmap import class_mask, colourise, decode_png
@@ -442,9 +441,8 @@ def _window(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> UInt8[np.ndarr
 
 
 def _jpeg(pixels: UInt8[np.ndarray, "height width 3"], size: tuple[int, int]) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0).save(buffer, "JPEG", quality=82)
-    return _data_uri("image/jpeg", buffer.getvalue())
+    small = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return data_uri(small, "JPEG", quality=82)
 
 
 def _overlay(label_map: UInt[np.ndarray, "height width"], size: tuple[int, int], palette: tuple[RGB, ...]) -> str:
@@ -462,13 +460,7 @@ def _overlay(label_map: UInt[np.ndarray, "height width"], size: tuple[int, int],
     alpha = bytes(255 if class_id < len(palette) else 0 for class_id in shown)
     image = Image.fromarray(np.minimum(rank[local.reshape(small.shape)], 255).astype(np.uint8))
     image.putpalette(np.asarray([*colours, (0, 0, 0)], np.uint8).tobytes())
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", transparency=alpha + b"\0", optimize=True)
-    return _data_uri("image/png", buffer.getvalue())
-
-
-def _data_uri(media_type: str, data: bytes) -> str:
-    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+    return data_uri(image, "PNG", transparency=alpha + b"\0", optimize=True)
 
 
 def _hex(colour: RGB) -> str:
