@@ -2,10 +2,11 @@
 
 BIN := .venv/bin
 DEMO := build/demo
+DEMO_SCENE := build/demo-scene
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test test-slow chaos soak netns lint benchmark clean
+.PHONY: install demo demo-scene test test-slow chaos soak netns lint benchmark clean
 
 install: $(BIN)/.installed
 
@@ -21,6 +22,17 @@ demo: install
 	python jobs/label.py $(DEMO)/scenes/images $(DEMO)/labels --model segray/demo.safetensors
 	python jobs/evaluate.py $(DEMO)/labels $(DEMO)/scenes/targets
 	python jobs/report.py $(DEMO)/labels
+
+# Labels a drawn scene with a place on Earth, window by window, and writes what any GIS opens.
+demo-scene: install
+	rm -rf $(DEMO_SCENE)
+	python -m segray.demo $(DEMO_SCENE) --num-scenes 16 --format raster
+	python jobs/label.py $(DEMO_SCENE)/rasters $(DEMO_SCENE)/labels --model segray/demo.safetensors --scenes.size 512
+	python jobs/export.py $(DEMO_SCENE)/labels $(DEMO_SCENE)/maps
+	python jobs/evaluate.py $(DEMO_SCENE)/labels $(DEMO_SCENE)/targets
+	python jobs/report.py $(DEMO_SCENE)/labels
+	@echo "Label map (GeoTIFF): $$(ls $(DEMO_SCENE)/maps/*/*/*.tif)"
+	@echo "Polygons (GeoParquet): $$(ls $(DEMO_SCENE)/maps/*/*/*.parquet)"
 
 # The longest first, so that both processes end at about the same time.
 LONGEST := $(patsubst %,tests/test_%.py,label train cluster chaos jobs)

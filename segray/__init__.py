@@ -4,9 +4,13 @@ The modules, in the order in which data meets them:
 
     classes     Classes: ids, names, palette, ignore_index
     source      URI → what is there, and its bytes
+    catalog     URI → which scenes there are, and a look at each
     decode      bytes → image, or a reject
-    tile        Window, Tiling, windows(height, width)
+    tile        Window, Tiling, Scenes: how images and scenes are cut
+    scene       rasters with a place on Earth, and their pixels, a window at a time
     preprocessing  what a model is fed, and which bands of a scene that is
+    cut         scenes → windows, each a task's work
+    columns     arrays as columns of tables
     onnxgraph   ONNX files → what describes them, and a module
     model       name or checkpoint → module, Classes, preprocessing
     predict     Predictor, the actor class
@@ -33,6 +37,10 @@ The modules, in the order in which data meets them:
     curves      a training as a page
     evaluate    a label store against targets
     report      a label store as a page
+    picture     windows of scenes, as a person can look at them
+    export      labelled scenes for a GIS
+    cog         label maps of windows → Cloud-Optimised GeoTIFF
+    polygons    label maps of windows → polygons
     compact     a label store, its small parts merged
     verify      a label store, read back and proved
     demo        drawn scenes with exact targets

@@ -2,126 +2,211 @@
 
 import json
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import fsspec
 import numpy as np
 import pyarrow as pa
+import shapely
 from affine import Affine
 from jaxtyping import Bool, Float64, UInt
 from rasterio.features import geometry_mask
 from rasterio.warp import transform_geom
 
+from segray.catalog import described
+from segray.columns import binary
 from segray.errors import Reject, SettingsError
-from segray.scene import Scene, describe, read
-from segray.source import ENTRIES, image_id, look_up
+from segray.preprocessing import Preprocessing, match_bands
+from segray.scene import Grid, Scene, Transform, read
+from segray.scene.place import pixel_areas
+from segray.scene.stac import is_item
+from segray.source import image_id
 from segray.tile import Scenes, Window, cores
 
-__all__ = ["WINDOWS", "Area", "areas_by_class", "read_windows", "windows_of"]
+__all__ = ["RASTERS", "WINDOWS", "Area", "areas_by_class", "read_windows", "windows_of"]
+
+_IDENTITY = [pa.field(name, pa.string()) for name in ("image_id", "uri", "version")]
+_REJECTED = [pa.field(name, pa.string()) for name in ("stage", "reason")]
 
 WINDOWS = pa.schema(
     [
-        *ENTRIES,
+        *_IDENTITY,
         pa.field("pickled", pa.binary()),
         *(pa.field(name, pa.int32()) for name in ("col_off", "row_off", "width", "height")),
-        pa.field("stage", pa.string()),
-        pa.field("reason", pa.string()),
+        *_REJECTED,
     ]
 )
 """A row a window that is to be read, with its scene (pickled); or a scene that is a reject, for `reason`."""
 
+RASTERS = pa.schema(
+    [
+        *_IDENTITY,
+        *(pa.field(name, pa.large_binary()) for name in ("values", "valid", "wanted")),
+        *(pa.field(name, pa.int32()) for name in ("height", "width")),
+        *(pa.field(f"core_{name}", pa.int32()) for name in ("col_off", "row_off", "width", "height")),
+        pa.field("scene", pa.string()),
+        *(pa.field(name, pa.int32()) for name in ("col_off", "row_off")),
+        pa.field("crs", pa.string()),
+        *(pa.field(f"transform_{letter}", pa.float64()) for letter in "abcdef"),
+        *(pa.field(side, pa.float64()) for side in ("west", "south", "east", "north")),
+        *_REJECTED,
+    ]
+)
+"""A row a window that was read, as `predict.Predictor` takes it, with what `sink.LABEL_MAPS` says of its place; or a
+reject."""
+
 _VALUES_BYTES = 64 * 2**20
+_EDGE_PARTS = 64  # that a side of a window is worth
+_MARGIN = 0.01
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Area:
     """What of the Earth is wanted."""
 
-    geometries: tuple[dict[str, Any], ...]
-    """Polygons, as GeoJSON in longitude and latitude."""
+    polygons: shapely.MultiPolygon
+    """In longitude and latitude."""
 
     @classmethod
-    def load(cls, uri: str) -> Self:
-        """Reads a GeoJSON file.
+    def load(cls, uri: str) -> "Area":
+        """Reads a GeoJSON file: polygons, or features that are such.
 
         Raises:
-            SettingsError: it cannot be read, or holds no polygon.
+            SettingsError: it cannot be read, holds other things or nothing, or not longitudes and latitudes.
         """
         try:
             with fsspec.open(uri, "rb") as file:
                 found = json.load(file)
             features = found["features"] if found["type"] == "FeatureCollection" else [found]
-            geometries = [feature.get("geometry", feature) for feature in features]
-            if {geometry["type"] for geometry in geometries} - {"Polygon", "MultiPolygon"} or not geometries:
-                raise ValueError("it holds other things than polygons, or nothing")
+            geometries = [shapely.geometry.shape(feature.get("geometry", feature)) for feature in features]
+            polygons = shapely.MultiPolygon([part for one in geometries for part in shapely.get_parts(one)])
         except Exception as error:  # whatever the store's client raises, and what is not GeoJSON
-            raise SettingsError(f"--scenes.area {uri} is no GeoJSON file of polygons: {error!r}") from error
-        return cls(tuple(geometries))
+            fault = " ".join(f"{type(error).__name__}: {error}".split())
+            raise SettingsError(f"--scenes.area {uri} is no GeoJSON file of polygons: {fault}") from error
+        if polygons.is_empty:
+            raise SettingsError(f"--scenes.area {uri} holds no polygon")
+        west, south, east, north = polygons.bounds
+        if not (-180 <= west <= east <= 180 and -90 <= south <= north <= 90):
+            raise SettingsError(
+                f"--scenes.area {uri} reaches from {west}, {south} to {east}, {north}, which are no longitudes and "
+                "latitudes; warp it to EPSG:4326: ogr2ogr -t_srs EPSG:4326"
+            )
+        return cls(shapely.force_2d(polygons))
+
+    def to_dict(self) -> dict[str, Any]:
+        """It as GeoJSON."""
+        geojson: dict[str, Any] = json.loads(shapely.to_geojson(self.polygons))
+        return geojson
 
     def touches(self, scene: Scene, size: int) -> Bool[np.ndarray, "rows cols"]:
-        """Which windows of a scene's grid it touches."""
-        shape = -(-scene.height // size), -(-scene.width // size)
-        return self._mask(scene, shape, Affine(*scene.transform) * Affine.scale(size), all_touched=True)
+        """Which windows of a scene's grid it touches.
+
+        Raises:
+            Reject: the scene is not on Earth.
+        """
+        grid = Window(0, 0, -(-scene.width // size), -(-scene.height // size))
+        transform = Affine(*scene.transform) @ Affine.scale(size)
+        return self._mask(scene, Window(0, 0, scene.width, scene.height), grid, transform, all_touched=True)
 
     def covers(self, scene: Scene, window: Window) -> Bool[np.ndarray, "height width"]:
-        """Which pixels of a window have their centre in it."""
-        return self._mask(scene, (window.height, window.width), Affine(*scene.window_transform(window)))
+        """Which pixels of a window have their centre in it.
+
+        Raises:
+            Reject: the window is not on Earth.
+        """
+        return self._mask(scene, window, window, Affine(*scene.window_transform(window)))
 
     def _mask(
-        self, scene: Scene, shape: tuple[int, int], transform: Affine, *, all_touched: bool = False
+        self, scene: Scene, window: Window, grid: Window, transform: Affine, *, all_touched: bool = False
     ) -> Bool[np.ndarray, "height width"]:
-        there = transform_geom("EPSG:4326", scene.crs, self.geometries)
+        """What of it is in a window, on a grid of its own."""
+        west, south, east, north = scene.bounds(window)
+        # What lies far away may have no place in the scene's CRS.
+        boxes = [(west, east)] if west <= east else [(west, 180.0), (-180.0, east)]
+        near: list[shapely.Polygon] = []
+        for first, last in boxes:
+            dx, dy = _MARGIN * (last - first), _MARGIN * (north - south)
+            clipped = shapely.clip_by_rect(self.polygons, first - dx, south - dy, last + dx, north + dy)
+            # Edges are straight in longitude and latitude, which they are not in the scene.
+            bending = shapely.segmentize(clipped, max(last - first, north - south) / _EDGE_PARTS)
+            near += [part for part in shapely.get_parts(bending) if isinstance(part, shapely.Polygon)]
+        shape = (grid.height, grid.width)
+        if not near:
+            return np.zeros(shape, bool)
+        there = transform_geom("EPSG:4326", scene.crs, [shapely.geometry.mapping(polygon) for polygon in near])
         mask: np.ndarray = geometry_mask(there, shape, transform, all_touched=all_touched, invert=True)
         return mask
 
 
 def windows_of(
-    entry: Mapping[str, Any], scenes: Scenes, area: Area | None, match: Callable[[Sequence[str]], Sequence[str]]
+    uri: str,
+    version: str | Reject,
+    scenes: Scenes,
+    area: Area | None,
+    preprocessing: Preprocessing,
+    item: str | None = None,
 ) -> pa.Table:
     """The windows of a scene, row by row, or the scene as a reject.
 
     Args:
-        entry: its `uri` and `version`.
+        uri: the scene's.
+        version: its version, or what is wrong with it.
         scenes: how it is cut.
         area: what of it is wanted. None: all.
-        match: the bands that a model is fed, of those that are there.
+        preprocessing: the model's, which says what bands it sees.
+        item: the scene's STAC item (JSON), where that is at hand.
 
     Returns:
-        A table with the schema `WINDOWS`.
+        A table with the schema `WINDOWS`; without rows where nothing of the scene lies in the area.
+
+    Raises:
+        RunError: the store cannot be reached.
     """
-    uri, version = entry["uri"], look_up(entry)
     assert scenes.size is not None
     try:
         if isinstance(version, Reject):
             raise version
-        scene = describe(uri, version)
-        try:
-            scene = scene.select(match([band.name for band in scene.bands]))
-        except SettingsError as error:
-            raise Reject("decode", "other bands", str(error)) from error
+        scene = _described(uri, version, item, scenes, preprocessing)
+        wanted = cores(scene.height, scene.width, scenes.size)
+        if area is not None:
+            touched = area.touches(scene, scenes.size)
+            wanted = [core for core, is_touched in zip(wanted, touched.ravel(), strict=True) if is_touched]
     except Reject as reject:
-        row = {"uri": uri, "version": entry["version"], "stage": reject.stage, "reason": reject.reason}
-        return pa.Table.from_pylist([row], WINDOWS)
-    wanted = cores(scene.height, scene.width, scenes.size)
-    if area is not None:
-        touched = area.touches(scene, scenes.size)
-        wanted = [core for core in wanted if touched[core.row_off // scenes.size, core.col_off // scenes.size]]
-    pickled = pickle.dumps(scene)
-    rows = [
-        {
-            "uri": f"{scene.uri}#{core.col_off},{core.row_off},{core.width},{core.height}",
-            "version": scene.version,
-            "pickled": pickled,
-            "col_off": core.col_off,
-            "row_off": core.row_off,
-            "width": core.width,
-            "height": core.height,
-        }
-        for core in wanted
-    ]
-    return pa.Table.from_pylist(rows, WINDOWS)
+        known_version = "" if isinstance(version, Reject) else version
+        row = {"image_id": image_id(uri, known_version), "uri": uri, "version": known_version}
+        return pa.Table.from_pylist([row | {"stage": reject.stage, "reason": reject.reason}], WINDOWS)
+    uris = [f"{scene.uri}#{core.col_off},{core.row_off},{core.width},{core.height}" for core in wanted]
+    columns = {
+        "image_id": [image_id(of_window, scene.version) for of_window in uris],
+        "uri": uris,
+        "version": [scene.version] * len(wanted),
+        "pickled": [pickle.dumps(scene)] * len(wanted),
+        **{name: [getattr(core, name) for core in wanted] for name in ("col_off", "row_off", "width", "height")},
+        "stage": [None] * len(wanted),
+        "reason": [None] * len(wanted),
+    }
+    return pa.table(columns, WINDOWS)
+
+
+def _described(uri: str, version: str, item: str | None, scenes: Scenes, preprocessing: Preprocessing) -> Scene:
+    """A scene with the bands that a model sees, in its order.
+
+    Raises:
+        Reject: it cannot be opened, or lacks a band.
+    """
+    match = partial(match_bands, preprocessing)
+    if preprocessing.bands is not None and not scenes.bands and item is None and not is_item(uri):
+        # By name no other file is looked at, and the last of four bands is found though writers call it alpha.
+        by_name = replace(scenes, bands=tuple(f"{name}={name}" for name in preprocessing.bands))
+        try:
+            return described(uri, version, None, by_name, match)
+        except Reject as reject:
+            if reject.kind != "bands missing":
+                raise
+    return described(uri, version, None if item is None else json.loads(item), scenes, match)
 
 
 def read_windows(windows: pa.Table, scenes: Scenes, area: Area | None) -> Iterator[pa.Table]:
@@ -133,85 +218,79 @@ def read_windows(windows: pa.Table, scenes: Scenes, area: Area | None) -> Iterat
         area: what of them is wanted. None: all.
 
     Yields:
-        Tables of about 64 MiB, as `Predictor` takes rasters, with what `sink.LABEL_MAPS` says of a window's place.
+        Tables of about 64 MiB with the schema `RASTERS`.
+
+    Raises:
+        RunError: the store cannot be reached.
     """
     rows: list[dict[str, Any]] = []
     size_bytes = 0
-    for row in windows.to_pylist():
-        rows.append(_read_row(row, scenes, area))
-        size_bytes += len(rows[-1]["values"] or b"")
+    for window in windows.to_pylist():
+        rows.append(_read_row(window, scenes, area))
+        size_bytes += rows[-1]["values"].nbytes
         if size_bytes >= _VALUES_BYTES:
-            yield pa.Table.from_pylist(rows, _RASTERS)
+            yield _table(rows)
             rows, size_bytes = [], 0
     if rows:
-        yield pa.Table.from_pylist(rows, _RASTERS)
+        yield _table(rows)
 
 
-_RASTERS = pa.schema(
-    [
-        pa.field("image_id", pa.string()),
-        pa.field("uri", pa.string()),
-        pa.field("version", pa.string()),
-        *(pa.field(name, pa.int32()) for name in ("height", "width", "core_col_off", "core_row_off")),
-        *(pa.field(name, pa.int32()) for name in ("core_width", "core_height")),
-        pa.field("values", pa.large_binary()),
-        pa.field("valid", pa.large_binary()),
-        pa.field("stage", pa.string()),
-        pa.field("reason", pa.string()),
-        pa.field("pickled", pa.binary()),
-        pa.field("scene", pa.string()),
-        *(pa.field(name, pa.int32()) for name in ("col_off", "row_off")),
-        pa.field("crs", pa.string()),
-        *(pa.field(f"transform_{letter}", pa.float64()) for letter in "abcdef"),
-        *(pa.field(side, pa.float64()) for side in ("west", "south", "east", "north")),
-    ]
-)
+def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    def column(field: pa.Field) -> pa.Array:
+        if pa.types.is_large_binary(field.type):
+            return binary([row[field.name] for row in rows])
+        return pa.array([row.get(field.name) for row in rows], field.type)
+
+    return pa.table([column(field) for field in RASTERS], schema=RASTERS)
 
 
 def _read_row(row: Mapping[str, Any], scenes: Scenes, area: Area | None) -> dict[str, Any]:
-    """A row of `_RASTERS`."""
-    told = {
-        "image_id": image_id(row["uri"], row["version"] or ""),
-        **{name: row[name] for name in ("uri", "version", "stage", "reason")},
-    }
+    """A row of `RASTERS`, with arrays in place of their bytes."""
+    nothing = np.empty(0, bool)
+    told = {name: row[name] for name in ("image_id", "uri", "version", "stage", "reason")}
+    rejected = told | {"values": nothing, "valid": nothing, "wanted": nothing}
     if row["reason"] is not None:
-        return told
+        return rejected
     scene: Scene = pickle.loads(row["pickled"])
     core = Window(*(row[name] for name in ("col_off", "row_off", "width", "height")))
     window = scenes.around(core, scene.height, scene.width)
     try:
         values, valid = read(scene, window)
+        wanted = np.ones((core.height, core.width), bool) if area is None else area.covers(scene, core)
+        west, south, east, north = scene.bounds(core)
     except Reject as reject:
-        return told | {"stage": reject.stage, "reason": reject.reason}
-    if area is not None:
-        valid &= area.covers(scene, window)
-    transform, bounds = scene.window_transform(core), scene.bounds(core)
+        return rejected | {"stage": reject.stage, "reason": reject.reason}
     return told | {
+        "values": values,
+        "valid": valid,
+        "wanted": wanted,
         "height": window.height,
         "width": window.width,
         "core_col_off": core.col_off - window.col_off,
         "core_row_off": core.row_off - window.row_off,
         "core_width": core.width,
         "core_height": core.height,
-        "values": values.tobytes(),
-        "valid": valid.tobytes(),
-        "pickled": row["pickled"],
         "scene": scene.uri,
         "col_off": core.col_off,
         "row_off": core.row_off,
         "crs": scene.crs,
-        **{f"transform_{letter}": value for letter, value in zip("abcdef", transform, strict=True)},
-        **dict(zip(("west", "south", "east", "north"), bounds, strict=True)),
+        **{f"transform_{letter}": c for letter, c in zip("abcdef", scene.window_transform(core), strict=True)},
+        **{"west": west, "south": south, "east": east, "north": north},
     }
 
 
 def areas_by_class(
-    label_map: UInt[np.ndarray, "height width"], row: Mapping[str, Any], num_classes: int
+    label_map: UInt[np.ndarray, "height width"], crs: str, transform: Transform, num_classes: int
 ) -> Float64[np.ndarray, " num_classes"]:
-    """Square metres of each class in a window, of which `row` holds the scene (pickled) and the offsets."""
+    """Square metres of each class in a window.
+
+    Args:
+        label_map: its class ids; what is beyond the classes counts in none.
+        crs: the scene's.
+        transform: the window's.
+        num_classes: how many there are.
+    """
     height, width = label_map.shape
-    scene: Scene = pickle.loads(row["pickled"])
-    areas = scene.pixel_areas(Window(row["col_off"], row["row_off"], width, height))
-    # Whoever holds no data has the id of void, which lies beyond the classes.
+    areas = pixel_areas(crs, Grid(height, width, transform))
     sums: np.ndarray = np.bincount(np.minimum(label_map, num_classes).ravel(), areas.ravel(), num_classes + 1)
     return sums[:num_classes]

@@ -12,7 +12,7 @@ import json
 import math
 import shlex
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +27,7 @@ from segray.classes import Classes
 from segray.errors import SettingsError, SinkError
 from segray.labelmap import encode_png
 
-__all__ = ["CLASSES", "Draw", "draw", "encoded", "scene"]
+__all__ = ["CLASSES", "Draw", "draw", "encoded", "mosaic", "scene"]
 
 CLASSES = Classes(
     names=("soil", "crop", "weed", "track"),
@@ -38,6 +38,12 @@ CLASSES = Classes(
 _SOIL, _CROP, _WEED, _TRACK = range(4)
 _SIZES = ((288, 384), (288, 384), (288, 384), (320, 320), (360, 480))
 """Height and width; what a size occurs with is how often it is listed."""
+_CELL = (288, 320)
+"""Height and width that every scene has."""
+_CRS = "EPSG:32633"
+_ORIGIN = (500_000, 5_400_000)
+_PIXEL_METRES = 0.5
+_SLANT = 0.25
 
 _Field = Float32[np.ndarray, "height width"]
 _Points = Complex128[np.ndarray, " num_points"]
@@ -58,8 +64,9 @@ class Draw:
     """How many."""
     first_seed: int = 1_000_000
     """The seed of the first scene; the others count on from it."""
-    format: Literal["loose", "tar", "parquet"] = "loose"
-    """images/*.jpg and targets/*.png, or shards of both: WebDataset tar or Parquet."""
+    format: Literal["loose", "tar", "parquet", "raster"] = "loose"
+    """images/*.jpg and targets/*.png, or shards of both: WebDataset tar or Parquet. Or all of them side by side, as one
+    raster with a place on Earth and four bands: rasters/fields.tif and targets/fields.tif (needs segray[geo])."""
     shard_scenes: int = 256
     """Scenes in a shard."""
 
@@ -86,6 +93,7 @@ def draw(job: Draw) -> None:
 
     Raises:
         SinkError: the sink cannot be written.
+        SettingsError: rasters are to be drawn, and the extra `geo` is not installed.
     """
     seeds = range(job.first_seed, job.first_seed + job.num_scenes)
     sink = job.sink.rstrip("/")
@@ -96,6 +104,10 @@ def draw(job: Draw) -> None:
                 name, image, target = encoded(seed)
                 _write(f"{sink}/images/{name}.jpg", image)
                 _write(f"{sink}/targets/{name}.png", target)
+            return
+        if job.format == "raster":
+            for folder, raster in zip(("rasters", "targets"), _rasters(*mosaic(seeds)), strict=True):
+                _write(f"{sink}/{folder}/fields.tif", raster)
             return
         pack, extension = (_tar, "tar") if job.format == "tar" else (_parquet, "parquet")
         for index, start in enumerate(range(0, len(seeds), job.shard_scenes)):
@@ -128,6 +140,32 @@ def scene(seed: int) -> tuple[UInt8[np.ndarray, "height width 3"], UInt8[np.ndar
     lit[is_plant] = plants[is_plant]
     lit *= _cast_shadow(rng, camera)
     return _expose(rng, lit), np.where(is_plant, plant_ids, target)
+
+
+def mosaic(
+    seeds: Sequence[int],
+) -> tuple[UInt8[np.ndarray, "height width 4"], UInt8[np.ndarray, "height width"], Bool[np.ndarray, "height width"]]:
+    """Draws scenes side by side, as an instrument sees them that passes over at a slant.
+
+    Returns:
+        The image, (height, width, 4) uint8: red, green, blue, near infrared; its target, (height, width) uint8 class
+        ids; and a mask of the same shape, False outside of the swath, where both are without meaning.
+    """
+    cell_height, cell_width = _CELL
+    num_cols = math.ceil(math.sqrt(len(seeds)))
+    num_rows = math.ceil(len(seeds) / num_cols)
+    image = np.zeros((num_rows * cell_height, num_cols * cell_width, 4), np.uint8)
+    target, is_seen = np.zeros(image.shape[:2], np.uint8), np.zeros(image.shape[:2], bool)
+    for index, seed in enumerate(seeds):
+        top, left = index // num_cols * cell_height, index % num_cols * cell_width
+        cell = slice(top, top + cell_height), slice(left, left + cell_width)
+        colours, ids = (whole[:cell_height, :cell_width] for whole in scene(seed))
+        red = colours[:, :, 0]
+        infrared = np.where(np.isin(ids, (_CROP, _WEED)), 255 - red // 2, red)  # which leaves reflect
+        image[cell], target[cell], is_seen[cell] = np.dstack([colours, infrared]), ids, True
+    height, width = target.shape
+    across = np.arange(width) + _SLANT * np.arange(height)[:, None]
+    return image, target, is_seen & (across >= _SLANT * height) & (across < width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -483,6 +521,40 @@ def _parquet(scenes: Iterator[tuple[str, bytes, bytes]]) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="none")  # JPEG and PNG are compressed already
     return buffer.getvalue()
+
+
+def _rasters(
+    image: UInt8[np.ndarray, "height width 4"],
+    target: UInt8[np.ndarray, "height width"],
+    is_seen: Bool[np.ndarray, "height width"],
+) -> tuple[bytes, bytes]:
+    """Cloud-Optimised GeoTIFFs of a mosaic: as an instrument delivers it, in 16 bits with 0 for no data; its target."""
+    try:
+        import rasterio
+        from rasterio.enums import ColorInterp
+    except ImportError as error:
+        raise SettingsError(f"--format raster needs the extra geo: pip install 'segray[geo]' ({error})") from error
+
+    height, width = target.shape
+    transform = rasterio.Affine(_PIXEL_METRES, 0, _ORIGIN[0], 0, -_PIXEL_METRES, _ORIGIN[1])
+    form = {
+        "driver": "COG",
+        "height": height,
+        "width": width,
+        "crs": _CRS,
+        "transform": transform,
+        "compress": "deflate",
+    }
+    with rasterio.MemoryFile() as fields, rasterio.MemoryFile() as targets:
+        with fields.open(**form, count=4, dtype=np.uint16, nodata=0) as raster:
+            raster.write(np.where(is_seen[:, :, None], 256 * image.astype(np.uint16) + 1, 0).transpose(2, 0, 1))
+            raster.descriptions = ("red", "green", "blue", "nir")
+            raster.colorinterp = (ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.undefined)
+            raster.scales, raster.offsets = (1 / 256,) * 4, (-1 / 256,) * 4
+        with targets.open(**form, count=1, dtype=np.uint8, nodata=CLASSES.ignore_index) as raster:
+            raster.write(np.where(is_seen, target, CLASSES.ignore_index).astype(np.uint8), 1)
+            raster.write_colormap(1, dict(enumerate(CLASSES.palette)))
+        return fields.read(), targets.read()
 
 
 def _write(uri: str, data: bytes) -> None:

@@ -1,15 +1,18 @@
 """Label maps against targets: one confusion matrix over the whole set."""
 
+import functools
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
+import numpy as np
+from jaxtyping import UInt
 from rich import box
 from rich.console import Console
 from rich.progress import track
@@ -17,16 +20,27 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from segray.classes import Classes
-from segray.errors import RunError, SettingsError, SinkError, SourceError
+from segray.errors import Reject, RunError, SettingsError, SinkError, SourceError
 from segray.labelmap import decode_png
+from segray.source import look_up
 from segray.statistics import ConfusionMatrix
 from segray.store import LabelStore, image_name
+from segray.tile import Window
+
+if TYPE_CHECKING:
+    from segray.scene import Scene
 
 __all__ = ["Evaluate", "Evaluation", "Unmatched", "evaluate"]
+
+# Targets of scenes are read with GDAL, of the extra `geo`; it is imported when there are any.
 
 _NUM_THREADS = 8
 _NUM_NAMED = 5
 _MAX_CLASSES_SHOWN = 12
+_PNG = (".png",)
+_GEOTIFF = (".tif", ".tiff")
+_DRIFT_PIXELS = 0.01
+_PLACE = ("scene", "col_off", "row_off", "width", "height", "crs", *(f"transform_{letter}" for letter in "abcdef"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +51,14 @@ class Evaluate:
     """The label store: a folder or prefix that `label` wrote."""
 
     targets: Positional[str]
-    """A folder or prefix (recursive) of label PNGs, grey or palette; `a/7.png` is the target of the image `7.jpg`."""
+    """A folder or prefix (recursive) of label PNGs, grey or palette; `a/7.png` is the target of the image `7.jpg`. Of
+    scenes: of GeoTIFFs of class ids; `a/7.tif` is the target of `7.jp2`, and has its CRS, transform and size."""
 
     recipe: str | None = None
     """The recipe whose label maps are compared. Default: that of the newest run."""
 
     ignore_index: int | None = None
-    """The id of void pixels in the targets (CamVid: 11). Default: the recipe's own, mostly 255."""
+    """The id of void pixels in the targets (CamVid: 11). Default: the recipe's own, mostly 255. Nodata is void too."""
 
     json: str | None = None
     """Also write the result as JSON to this file or URI; `-`: to standard output, and the table to standard error."""
@@ -94,7 +109,7 @@ class Evaluation:
     """The model's classes, with the `ignore_index` that was used."""
 
     num_images: int
-    """Pairs of a label map and its target."""
+    """Pairs of a label map and its target; of scenes, windows."""
 
     confusion_matrix: ConfusionMatrix
     """Of all pairs."""
@@ -139,21 +154,27 @@ def evaluate(job: Evaluate) -> Evaluation:
     """Compares every label map of a recipe with the target of its name, and prints the result.
 
     Only a batch of label maps is in memory at a time, and the result does not depend on their order.
-    An image that was labelled again after it had changed counts once, as last labelled.
+    An image that was labelled again after it had changed counts once, as last labelled; so does a scene, of whose
+    target each window is compared with its part. Where a scene holds no data nothing is compared.
 
     Raises:
         SinkError: there is no such store or recipe, or it holds no label map, or a name twice.
         SourceError: the targets cannot be listed, match no image, or a name occurs twice.
-        RunError: a target cannot be read, or its size or ids are not those of the label map.
+        SettingsError: they are of scenes, and the extra `geo` is not installed.
+        RunError: a target cannot be read, or its grid, size or ids are not those of the label map.
     """
     store = LabelStore.open(job.sink)
     recipe_id, run = store.choose(job.recipe)
     recipe = store.recipe(recipe_id)
     classes = Classes.from_dict(recipe["classes"])
+    nodata = classes.ignore_index
     if job.ignore_index is not None:
         classes = replace(classes, ignore_index=job.ignore_index)
 
-    filesystem, targets = _list_targets(job.targets)
+    window_size = recipe["scenes"]["size"] if "scenes" in recipe else None
+    if window_size is not None:
+        _miss_what_is_not_installed()
+    filesystem, targets = _list_targets(job.targets, _PNG if window_size is None else _GEOTIFF)
     target_of, images_without_target, used = _match(store, recipe_id, targets)
     targets_without_image = Unmatched()
     for name in targets.keys() - used:
@@ -166,9 +187,16 @@ def evaluate(job: Evaluate) -> Evaluation:
             f"{_examples(targets_without_image)}, images {_examples(images_without_target)}"
         )
 
-    def compare(pair: tuple[str, str, bytes]) -> ConfusionMatrix:
-        path, uri, label_map = pair
-        return _compare(filesystem.cat_file(path), path, label_map, uri, classes)
+    described = functools.cache(_describe)
+
+    def compare(pair: tuple[str, dict[str, Any]]) -> ConfusionMatrix:
+        path, row = pair
+        prediction = decode_png(row["label_map"])
+        if window_size is None:
+            return _compare(_read_png(filesystem.cat_file(path), path), path, prediction, row["uri"], classes)
+        target = _read_window(described(filesystem.unstrip_protocol(path)), row, window_size, classes.ignore_index)
+        target[prediction == nodata] = classes.ignore_index
+        return _compare(target, path, prediction, row["uri"], classes)
 
     total = ConfusionMatrix.zeros(len(classes))
     num_images = len(target_of)
@@ -199,14 +227,21 @@ def evaluate(job: Evaluate) -> Evaluation:
         images_without_target=images_without_target,
         targets_without_image=targets_without_image,
     )
-    _print(evaluation, console, chosen=job.recipe is None)
+    _print(evaluation, console, chosen=job.recipe is None, what="images" if window_size is None else "windows")
     if job.json is not None:
         _write_json(evaluation, job.json)
     return evaluation
 
 
-def _list_targets(uri: str) -> tuple[Any, dict[str, list[str]]]:
-    """The file system and, for each name, the paths of the PNGs that bear it."""
+def _miss_what_is_not_installed() -> None:
+    try:
+        import segray.scene  # noqa: F401
+    except ImportError as error:
+        raise SettingsError(f"targets of scenes need the extra geo: pip install 'segray[geo]' ({error})") from error
+
+
+def _list_targets(uri: str, suffixes: tuple[str, ...]) -> tuple[Any, dict[str, list[str]]]:
+    """The file system and, for each name, the paths of the files that bear it and one of these endings."""
     try:
         filesystem, root = fsspec.core.url_to_fs(uri, use_listings_cache=False)
         paths = filesystem.find(root)
@@ -214,71 +249,156 @@ def _list_targets(uri: str) -> tuple[Any, dict[str, list[str]]]:
         raise SourceError(f"{uri}: the targets cannot be listed: {error or type(error).__name__}") from error
     targets: dict[str, list[str]] = {}
     for path in paths:
-        if path.lower().endswith(".png"):
+        if path.lower().endswith(suffixes):
             targets.setdefault(PurePosixPath(path).stem, []).append(path)
     if not targets:
-        raise SourceError(f"{uri}: there is no PNG; give a folder or prefix of label PNGs named like the images")
+        kind, wanted = ("PNG", "label PNGs named like the images")
+        if suffixes == _GEOTIFF:
+            kind, wanted = ("GeoTIFF (*.tif)", "GeoTIFFs of class ids named like the scenes")
+        raise SourceError(f"{uri}: there is no {kind}; give a folder or prefix of {wanted}")
     return filesystem, targets
 
 
 def _match(
     store: LabelStore, recipe_id: str, targets: dict[str, list[str]]
 ) -> tuple[dict[str, str], Unmatched, set[str]]:
-    """Finds the target of each image.
+    """Finds the target of each image, and of each window of a scene.
 
     Returns:
-        The target's path for each image_id that has one, the images that have none, and the names
-        that are used.
+        The target's path for each image_id that has one, the images and scenes that have none, and the
+        names that are used.
 
     Raises:
         SinkError: nothing is labelled, or two images of a target's name.
         SourceError: two targets of an image's name.
     """
-    matched: dict[str, tuple[str, str, str]] = {}
-    unmatched = Unmatched()
-    for batch in store.batches("label_maps", recipe_id, ["uri", "run_id", "image_id"]):
-        for uri, run_id, image_id in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            name = image_name(uri)
+    named: dict[str, str] = {}
+    newest: dict[str, tuple[str, str]] = {}
+    image_ids: dict[tuple[str, str], list[str]] = {}
+    unmatched, scenes_without = Unmatched(), set()
+    for batch in store.batches("label_maps", recipe_id, ["uri", "scene", "version", "run_id", "image_id"]):
+        for uri, scene, version, run_id, image_id in zip(
+            *(column.to_pylist() for column in batch.columns), strict=True
+        ):
+            whole = scene or uri
+            name = image_name(whole)
             if name not in targets:
-                unmatched = unmatched.plus(uri)
+                if whole not in scenes_without:
+                    unmatched = unmatched.plus(whole)
+                if scene is not None:
+                    scenes_without.add(scene)
                 continue
             if len(targets[name]) > 1:
                 raise SourceError(
-                    f"{targets[name][0]} and {targets[name][1]} are both called {name!r}, like the image {uri}; "
+                    f"{targets[name][0]} and {targets[name][1]} are both called {name!r}, like the image {whole}; "
                     "give a TARGETS that holds only one of them"
                 )
-            image = (uri, run_id, image_id)
-            other = matched.setdefault(name, image)
-            if other[0] != uri:
+            other = named.setdefault(name, whole)
+            if other != whole:
                 raise SinkError(
-                    f"{min(uri, other[0])} and {max(uri, other[0])} are both called {name!r}, like the target "
+                    f"{min(whole, other)} and {max(whole, other)} are both called {name!r}, like the target "
                     f"{targets[name][0]}; label them into sinks of their own"
                 )
-            matched[name] = max(image, other)
-    if not matched and not unmatched.count:
+            state = image_id if scene is None else version  # which the windows of a scene share
+            newest[name] = max((run_id, state), newest.get(name, ("", "")))
+            image_ids.setdefault((name, state), []).append(image_id)
+    if not named and not unmatched.count:
         raise SinkError(f"{store.uri}: recipe {recipe_id} has no label maps; {store.other_recipes(recipe_id)}")
-    return {image_id: targets[name][0] for name, (_, _, image_id) in matched.items()}, unmatched, set(matched)
+    target_of = {
+        image_id: targets[name][0] for name, (_, state) in newest.items() for image_id in image_ids[name, state]
+    }
+    return target_of, unmatched, set(named)
 
 
 def _batches_of_pairs(
     store: LabelStore, recipe_id: str, target_of: dict[str, str]
-) -> Iterator[list[tuple[str, str, bytes]]]:
-    """The target's path, the image's URI and its encoded label map, a batch at a time."""
+) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """The target's path and the row of its image, a batch at a time."""
     waiting = dict(target_of)  # two runs at the same time may both have written an image
-    for batch in store.batches("label_maps", recipe_id, ["image_id", "uri", "label_map"]):
-        yield [
-            (waiting.pop(image_id), uri.as_py(), label_map.as_py())
-            for image_id, uri, label_map in zip(batch[0].to_pylist(), batch[1], batch[2], strict=True)
-            if image_id in waiting
-        ]
+    for batch in store.batches("label_maps", recipe_id, ["image_id", "uri", "label_map", *_PLACE]):
+        yield [(waiting.pop(row["image_id"]), row) for row in batch.to_pylist() if row["image_id"] in waiting]
 
 
-def _compare(target_png: bytes, path: str, label_map_png: bytes, uri: str, classes: Classes) -> ConfusionMatrix:
+def _read_png(data: bytes, path: str) -> UInt[np.ndarray, "height width"]:
     try:
-        target = decode_png(target_png)
+        return decode_png(data)
     except Exception as error:  # a damaged PNG: Pillow raises whatever it stumbles over
         raise RunError(f"{path}: the target cannot be read: {error or type(error).__name__}") from error
-    prediction = decode_png(label_map_png)
+
+
+def _describe(uri: str) -> "Scene":
+    """The target of a scene.
+
+    Raises:
+        RunError: it is gone or damaged, lies nowhere, or has several bands.
+    """
+    from segray.scene import describe
+
+    try:
+        version = look_up({"uri": uri, "version": None})
+        if isinstance(version, Reject):
+            raise version
+        target = describe(uri, version)
+    except Reject as error:
+        raise RunError(f"{uri}: the target cannot be read: {error.reason}") from error
+    if len(target.bands) > 1:
+        raise RunError(f"{uri}: the target has {len(target.bands)} bands; one with the class ids is wanted")
+    return target
+
+
+def _read_window(
+    target: "Scene", row: Mapping[str, Any], window_size: int, ignore_index: int
+) -> UInt[np.ndarray, "height width"]:
+    """What a scene's target holds in the place of a window; void where that is nodata.
+
+    Raises:
+        RunError: it cannot be read, holds no ids, or has another grid than the scene.
+    """
+    from segray.scene import read
+
+    window = Window(*(row[name] for name in ("col_off", "row_off", "width", "height")))
+    if wrong := _other_grid(target, row, window, window_size):
+        raise RunError(f"{target.uri}: the target is on another grid than the scene {row['scene']}: {wrong}")
+    try:
+        values, valid = read(target, window)
+    except Reject as error:
+        raise RunError(f"{target.uri}: the target cannot be read: {error.reason}") from error
+    ids = np.where(valid, values[0], ignore_index)
+    if (strange := ids[(ids != ids.round()) | (ids < 0) | (ids > 0xFFFF)]).size:
+        way_out = "declare what is void as nodata"
+        raise RunError(f"{target.uri}: the target holds {strange[0]:g}, which is no class id; {way_out}")
+    return ids.astype(np.uint16)
+
+
+def _other_grid(target: "Scene", row: Mapping[str, Any], window: Window, window_size: int) -> str | None:
+    """How a target's grid differs from that of a window's scene; None: it does not."""
+    from affine import Affine
+    from rasterio.crs import CRS
+
+    if target.crs != row["crs"] and CRS.from_user_input(target.crs) != CRS.from_user_input(row["crs"]):
+        return f"{target.crs} and {row['crs']}"
+    own = Affine(*target.window_transform(window))
+    other = Affine(*(row[f"transform_{letter}"] for letter in "abcdef"))
+    corners = [(0, 0), (window.width, 0), (0, window.height), (window.width, window.height)]
+    if any(math.dist(~own @ (other @ corner), corner) > _DRIFT_PIXELS for corner in corners):
+        return f"its transform at column {window.col_off} and row {window.row_off} is {own[:6]} and {other[:6]}"
+    for what, off, length, total in (
+        ("columns", window.col_off, window.width, target.width),
+        ("rows", window.row_off, window.height, target.height),
+    ):
+        # A window that is shorter than others ends with its scene.
+        if off + length > total or (length < window_size and off + length != total):
+            return f"{total} {what} and {'at least ' * (length == window_size)}{off + length}"
+    return None
+
+
+def _compare(
+    target: UInt[np.ndarray, "height width"],
+    path: str,
+    prediction: UInt[np.ndarray, "prediction_height prediction_width"],
+    uri: str,
+    classes: Classes,
+) -> ConfusionMatrix:
     try:
         return ConfusionMatrix.of(target, prediction, len(classes), classes.ignore_index)
     except ValueError as error:
@@ -290,12 +410,12 @@ def _compare(target_png: bytes, path: str, label_map_png: bytes, uri: str, class
         raise RunError(f"{path}: {error} (image {uri}); {way_out}") from error
 
 
-def _print(evaluation: Evaluation, console: Console, *, chosen: bool) -> None:
+def _print(evaluation: Evaluation, console: Console, *, chosen: bool, what: str) -> None:
     result = evaluation.to_dict()
     run = f", run {evaluation.run_id}" if evaluation.run_id else ""
     console.print(
         f"{evaluation.model['name']} (recipe {evaluation.recipe}{run}{', the newest' if chosen and run else ''}) "
-        f"on {evaluation.num_images} images",
+        f"on {evaluation.num_images} {what}",
         soft_wrap=True,
     )
     table = Table(box=box.SIMPLE)

@@ -151,8 +151,10 @@ def export(job: Export) -> None:
         SinkError: there is no such store, recipe or scene, or the destination cannot be used.
         RunError: scenes could not be exported; the others are.
     """
-    try:
-        from segray import cog, polygons  # noqa: F401  # what is not installed shall be missed now
+    try:  # what is not installed shall be missed now
+        import pystac  # noqa: F401
+
+        from segray import cog, polygons  # noqa: F401
     except ImportError as error:
         raise SettingsError(f"exporting scenes needs the extra geo: pip install 'segray[geo]' ({error})") from error
     store = LabelStore.open(job.sink)
@@ -190,21 +192,31 @@ def export(job: Export) -> None:
         except Exception as error:  # each store's client has exceptions of its own
             raise SinkError(f"{job.dest} cannot be read: {type(error).__name__}: {error}") from error
         changed = [task for task, there in zip(tasks, is_there, strict=True) if not there]
-        num_polygons = 0
+        num_written = num_polygons = 0
         how: dict[str, Any] = {"total": len(changed), "console": Console(stderr=True), "transient": True}
         try:
-            results = _results(changed, job.processes or len(os.sched_getaffinity(0)))
+            results = _results(changed, job.processes or os.cpu_count() or 1)
             for result in track(results, "Exporting", **how, disable=not sys.stderr.isatty()):
                 if isinstance(result, RunError):
                     failures.append(result)
                 else:
+                    num_written += 1
                     num_polygons += result
         except SinkError as error:
             raise RunError(f"broke off: {error}; what is written stays, and the same command goes on") from error
-    _print(job, recipe_id, changed, len(tasks) - len(changed), len(failures), num_polygons)
+    _print_gaps([task.scene for task in changed])
+    rows = [
+        ["scenes written", num_written],
+        ["scenes that had not changed", len(tasks) - len(changed)],
+        ["scenes that could not be exported", len(failures)],
+        ["windows without a label map", sum(task.scene.num_missing for task in changed)],
+        ["polygons", num_polygons],
+    ]
+    print_table([f"recipe {recipe_id}", ""], [[name, f"{count:,}"] for name, count in rows])
+    print(f"written to {job.dest}")
     if failures:
-        more = f", and {len(failures) - 1} scenes more" if len(failures) > 1 else ""
-        raise RunError(f"{failures[0]}{more}; all others are in {job.dest}")
+        more = f", and so it is with {len(failures) - 1} scenes more" if len(failures) > 1 else ""
+        raise RunError(f"{failures[0]}{more}; the others are in {job.dest}")
 
 
 def _windows(store: LabelStore, recipe_id: str, pattern: str | None) -> dict[str, pa.Table]:
@@ -342,7 +354,8 @@ def _results(tasks: Sequence[_Task], num_processes: int) -> Iterator[int | RunEr
         for future in as_completed([pool.submit(_attempt, task) for task in tasks]):
             yield future.result()
     except BrokenProcessPool as error:
-        raise RunError("a process was killed, mostly for want of memory; take fewer --processes") from error
+        way_out = "take fewer --processes; what is written stays, and the same command goes on"
+        raise RunError(f"a process was killed, mostly for want of memory: {way_out}") from error
     except BaseException:  # Ctrl-C too: what they are at is not waited for
         for process in multiprocessing.active_children():
             process.terminate()
@@ -543,9 +556,10 @@ def _item(task: _Task, classes: Classes, totals: np.ndarray) -> dict[str, Any]:
 
 
 def _footprint(scene: _Scene) -> tuple[dict[str, Any] | None, list[float] | None]:
-    """The raster's outline and bounds in EPSG:4326, as GeoJSON has them; None where the CRS is not known.
+    """The raster's outline and bounds in EPSG:4326, as GeoJSON has them; None where it has no place on Earth.
 
-    What crosses the antimeridian is cut there, and its bounds' west is then east of their east.
+    What crosses the antimeridian is cut there, and its bounds' west is then east of their east. Where a pole lies
+    within, the outline is the parallel that encloses it all.
     """
     import pyproj
     import shapely
@@ -558,7 +572,14 @@ def _footprint(scene: _Scene) -> tuple[dict[str, Any] | None, list[float] | None
     a, b, c, d, e, f = scene.transform
     to_degrees = pyproj.Transformer.from_crs(scene.crs, "EPSG:4326", always_xy=True)
     longitudes, latitudes = to_degrees.transform(a * cols + b * rows + c, d * cols + e * rows + f)
-    outline = shapely.Polygon(np.stack([np.unwrap(longitudes, period=360), latitudes], axis=1).round(7))
+    if not np.isfinite(longitudes).all():
+        return None, None
+    around = np.unwrap(np.append(longitudes, longitudes[0]), period=360)
+    outline = shapely.Polygon(np.stack([around[:-1], latitudes], axis=1).round(7))
+    if abs(around[-1] - around[0]) > 180:
+        furthest = latitudes[np.abs(latitudes).argmin()]
+        south, north = sorted((furthest, math.copysign(90, furthest)))
+        outline = shapely.box(-180, south, 180, north)
     pieces = []
     for turn in (-360, 0, 360):
         piece = outline.intersection(shapely.box(turn - 180, -90, turn + 180, 90))
@@ -617,25 +638,12 @@ def _publish(file: str, uri: str) -> None:
         raise SinkError(f"{uri} cannot be written: {type(error).__name__}: {error}") from error
 
 
-def _print(
-    job: Export, recipe_id: str, tasks: Sequence[_Task], num_unchanged: int, num_failed: int, num_polygons: int
-) -> None:
-    incomplete = [task.scene for task in tasks if task.scene.num_missing]
-    for scene in incomplete[:_NUM_NAMED]:
+def _print_gaps(scenes: Sequence[_Scene]) -> None:
+    gaps = [scene for scene in scenes if scene.num_missing]
+    for scene in gaps[:_NUM_NAMED]:
         which = f"{scene.num_missing:,} of {scene.num_missing + scene.windows.num_rows:,} windows are not labelled"
         number = len(scene.rejected)
         rejects = f" ({number:,} {'was' if number == 1 else 'were'} rejected)" if number else ""
         note(f"{scene.uri}: {which}{rejects}; they are nodata in its raster")
-    if len(incomplete) > _NUM_NAMED:
-        note(f"so it is with {len(incomplete) - _NUM_NAMED} scenes more")
-    print_table(
-        [f"recipe {recipe_id}", ""],
-        [
-            ["scenes written", f"{len(tasks):,}"],
-            ["scenes that had not changed", f"{num_unchanged:,}"],
-            ["windows", f"{sum(task.scene.windows.num_rows for task in tasks):,}"],
-            ["windows without a label map", f"{sum(task.scene.num_missing for task in tasks):,}"],
-            ["polygons", f"{num_polygons:,}"],
-        ],
-    )
-    print(f"written to {job.dest}")
+    if len(gaps) > _NUM_NAMED:
+        note(f"so it is with {len(gaps) - _NUM_NAMED} scenes more")

@@ -29,6 +29,7 @@ from tyro.conf import Positional
 import segray
 from segray import metrics, progress
 from segray.classes import Classes
+from segray.columns import binary
 from segray.decode import MAX_PIXELS, decode
 from segray.errors import Reject, RunError, SettingsError, SinkError, SourceError
 from segray.labelmap import dtype_for, encode_png
@@ -40,9 +41,8 @@ __all__ = ["Label", "Placement", "label", "place"]
 # Ray and torch are imported when the job starts, so that `--help` answers at once.
 
 _LABELLING = 1  # to be raised with any change of code that changes label maps: it begins new recipes
-_IMAGES_PER_BLOCK = 32
-_WINDOWS_PER_BLOCK = 4
-_MAX_IMAGES_PER_BLOCK = 512
+_IMAGES_PER_BLOCK = 32, 512  # at first, and at most
+_WINDOWS_PER_BLOCK = 4, 64
 _NUM_SMALL_BLOCKS = 1000
 _PIXEL_BYTES = 64 * 2**20
 _TASK_CPUS = 0.25  # beside a model that computes on all cores, the other stages mostly wait
@@ -50,6 +50,7 @@ _THREADS = 4
 _LEDGER_SECONDS = 30
 _MAX_NAMED = 20
 _REQUESTS_IN_FLIGHT = 32
+_TRANSFORM = tuple(f"transform_{letter}" for letter in "abcdef")
 _ACCELERATOR, _HEAD = "ray.io/accelerator-type", "node:__internal_head__"  # Ray's own names of a label, a resource
 _IMAGES_PER_SHARD = 1000  # as good a guess as any of what is in one that nobody has read
 
@@ -63,7 +64,8 @@ class Label:
     """
 
     source: Positional[str]
-    """Images: a folder, prefix or glob, a file, tar or Parquet shards, or a manifest (Parquet, CSV, text) of URIs."""
+    """Images: a folder, prefix or glob, a file, tar or Parquet shards, or a manifest (Parquet, CSV, text) of URIs.
+    With --scenes.size scenes: likewise rasters, {band} for a file a band, and STAC items, catalogs and searches."""
 
     sink: Positional[str]
     """Folder or prefix of the label store; images that it already holds are skipped."""
@@ -149,6 +151,11 @@ class Label:
             raise SettingsError(f"--max-rejects {self.max_rejects}: is a share, from 0 to 1")
         if self.dtype == "float16" and self.device == "cpu":
             raise SettingsError("--dtype float16 runs on GPUs alone; on a CPU take bfloat16 or float32")
+        if self.scenes.size is not None:
+            if self.crf:
+                raise SettingsError("--crf is of images, which it sees whole; leave it out beside --scenes.size")
+            if self.max_pixels != MAX_PIXELS:
+                raise SettingsError("--max-pixels is of images; leave it out beside --scenes.size, which has no bound")
         within, _, is_deep = self.source.partition("**")
         if not is_deep and set("*?") & set(self.source):
             return  # a pattern of one level does not reach into a sink beside its files
@@ -199,14 +206,8 @@ def label(job: Label) -> None:
     from segray.lock import hold
     from segray.session import root_cause, session
     from segray.sink import PartSink, Sink
-    from segray.source import Source
 
-    source = Source(job.source, job.column, of_scenes=job.scenes.size is not None)
-    if next(source.entries(), None) is None:
-        raise SourceError(
-            f"{source.uri} holds no images and no shards"
-            + (f", only {source.num_other} files of other kinds" if source.num_other else "")
-        )
+    source = _source(job)
     checkpoint = model.load(job.model, job.weights, job.classes)
     job = _fitted(job, checkpoint)
     for notice in model.notices(checkpoint):
@@ -230,7 +231,7 @@ def label(job: Label) -> None:
         parts = sink.parts()  # before what is done: what a dying run commits in between is then seen at the end
         done = sink.done(with_rejects=not job.retry_rejects)
         pages = _pages(job, source, sink, done, checkpoint, recipe["recipe"])
-        index = _index(pages, source, None if job.scenes.size is None else _WINDOWS_PER_BLOCK)
+        index = _index(pages, source, _per_block(job))
         sink.start(recipe)
         ledger = _start_ledger(ray, run.run_id, job.max_images, run.deadline)
         metrics.add_images("present", run.run_id, index.num_present)
@@ -279,9 +280,35 @@ def label(job: Label) -> None:
     attempted = counts["labelled"] + counts["rejected"]
     if attempted and counts["rejected"] > job.max_rejects * attempted:
         raise RunError(
-            f"{counts['rejected']} of {attempted} images were rejected, more than --max-rejects {job.max_rejects}; "
-            f"all else is committed, and {job.sink}/rejects says why"
+            f"{counts['rejected']} of {attempted} {_noun(job)} were rejected, more than --max-rejects "
+            f"{job.max_rejects}; all else is committed, and {job.sink}/rejects says why"
         )
+
+
+def _source(job: Label) -> Any:
+    """What SOURCE names.
+
+    Raises:
+        SourceError: there is nothing, unless it is a search: that may find nothing new.
+    """
+    from segray.source import Source
+
+    if job.scenes.size is None:
+        source: Any = Source(job.source, job.column)
+        wanted = "images and no shards"
+    else:
+        from segray.catalog import SceneSource
+
+        area = None if job.scenes.area is None else _area(job).to_dict()
+        source = SceneSource(job.source, job.column, bands=job.scenes.calls, area=area)
+        wanted = "scenes"
+    may_be_empty = job.scenes.size is not None and source.is_search
+    if next(source.entries(), None) is None and not may_be_empty:
+        raise SourceError(
+            f"{source.uri} holds no {wanted}"
+            + (f", only {source.num_other} files of other kinds" if source.num_other else "")
+        )
+    return source
 
 
 def _fitted(job: Label, checkpoint: Any) -> Label:
@@ -291,27 +318,37 @@ def _fitted(job: Label, checkpoint: Any) -> Label:
         SettingsError: the model does not go with what the settings say.
     """
     from segray.model import fitted_tiling, tile_size, window_multiple
+    from segray.preprocessing import match_bands
 
     if checkpoint.architecture == "onnx" and job.dtype != "float32":
         raise SettingsError(f"--dtype {job.dtype}: what {job.model} computes in stands in its graph; leave it out")
-    size, halo = job.scenes.size, job.scenes.halo
-    if size is None:
+    if job.scenes.size is None:
         if checkpoint.preprocessing.bands is not None:
             bands = ", ".join(checkpoint.preprocessing.bands)
             raise SettingsError(f"{job.model} sees the bands {bands} of scenes; give --scenes.size, such as 1024")
         return dataclasses.replace(job, tiling=fitted_tiling(checkpoint, job.tiling))
-    if job.crf:
-        raise SettingsError("--crf is of images, which it sees whole; leave it out beside --scenes.size")
-    multiple = window_multiple(checkpoint, job.tiling)
+    if job.scenes.bands:
+        match_bands(checkpoint.preprocessing, list(job.scenes.calls))  # it raises where some are missing
+    if checkpoint.preprocessing.resize is not None:
+        raise SettingsError(
+            f"{job.model} resizes images to {checkpoint.preprocessing.resize} pixels, and a window of a scene has no "
+            "size of its own; take a model that does not (trained without --resize)"
+        )
+    void, most = checkpoint.classes.ignore_index, np.iinfo(dtype_for(len(checkpoint.classes))).max
+    if not 0 <= void <= most:
+        raise SettingsError(
+            f"classes: ignore_index {void}, which pixels of scenes without data get, must lie in [0, {most}]"
+        )
+    has_own_size = tile_size(checkpoint) is not None
+    if not has_own_size and job.tiling != Tiling():
+        raise SettingsError(f"--tiling is of images; {job.model} sees a window whole, so give --scenes.size alone")
+    multiple, tiling = window_multiple(checkpoint, job.tiling), fitted_tiling(checkpoint, job.tiling)
     # Windows and halos on the grid of the model's stride, or of its tiles, see what the whole scene would.
-    size += -size % multiple
-    tiling = fitted_tiling(checkpoint, job.tiling)
-    if tile_size(checkpoint) is None:  # a window is a tile
-        halo += -halo % multiple
+    size = job.scenes.size + -job.scenes.size % multiple
+    halo = max(job.scenes.halo, tiling.overlap) if has_own_size else job.scenes.halo
+    halo += -halo % multiple
+    if not has_own_size:  # a window is a tile
         tiling = dataclasses.replace(tiling, size=size + 2 * halo, overlap=0)
-    else:
-        halo = max(halo, tiling.overlap)
-        halo += -halo % multiple
     return dataclasses.replace(job, tiling=tiling, scenes=dataclasses.replace(job.scenes, size=size, halo=halo))
 
 
@@ -406,7 +443,8 @@ def _watched(run: "_Run", index: "_Index", placement: Placement, ledger: Any) ->
         more = f" and {len(unread) - _MAX_NAMED} more" if len(unread) > _MAX_NAMED else ""
         run.end(f"nothing went on for {seconds:.0f} s{some}{more}")
 
-    with watch(snapshot, index.num_loose, index.num_shards, run.started.timestamp(), run.samples, lacks_nodes, stalled):
+    started, noun = run.started.timestamp(), _noun(run.job)
+    with watch(snapshot, index.num_loose, index.num_shards, started, run.samples, lacks_nodes, stalled, noun):
         yield
 
 
@@ -622,7 +660,7 @@ def _decoded(fetched: pa.Table, max_pixels: int) -> Iterator[pa.Table]:
             yield pa.table(
                 {
                     **{name: some[name] for name in ("image_id", "uri", "version")},
-                    "pixels": _binary(images),
+                    "pixels": binary(images),
                     "height": pa.array([image.shape[0] for image in images], pa.int32()),
                     "width": pa.array([image.shape[1] for image in images], pa.int32()),
                     "stage": pa.array(stages[first : row + 1], pa.string()),
@@ -630,13 +668,6 @@ def _decoded(fetched: pa.Table, max_pixels: int) -> Iterator[pa.Table]:
                 }
             )
             first, size_bytes, images = row + 1, 0, []
-
-
-def _binary(arrays: Sequence[np.ndarray]) -> pa.Array:
-    """The arrays' bytes as one Arrow column, with a single copy."""
-    offsets = np.cumsum([0, *(array.nbytes for array in arrays)], dtype=np.int64)
-    values = np.concatenate([np.array([], np.uint8), *(array.ravel() for array in arrays)])
-    return pa.Array.from_buffers(pa.large_binary(), len(arrays), [None, pa.py_buffer(offsets), pa.py_buffer(values)])
 
 
 class _Predictor:
@@ -661,7 +692,7 @@ class _Predictor:
 
 
 def _encode(predicted: pa.Table, *, classes: Classes, ledger: Any) -> pa.Table:
-    """The raw `label_map` becomes a PNG, and the `pickled` scene of a window the areas of its classes."""
+    """The raw `label_map` becomes a PNG; of a window of a scene the areas of its classes come beside it."""
     dtype = dtype_for(len(classes))
     shapes = zip(predicted["height"].to_pylist(), predicted["width"].to_pylist(), strict=True)
     with metrics.stage("encode"):
@@ -672,15 +703,15 @@ def _encode(predicted: pa.Table, *, classes: Classes, ledger: Any) -> pa.Table:
         pngs = [None if one is None else encode_png(one, classes.palette) for one in label_maps]
         position = predicted.schema.get_field_index("label_map")
         encoded = predicted.set_column(position, "label_map", pa.array(pngs, pa.large_binary()))
-        if "pickled" in encoded.column_names:
+        if "scene" in encoded.column_names:
             from segray.cut import areas_by_class
 
-            rows = encoded.select(["pickled", "col_off", "row_off"]).to_pylist()
+            places = zip(*(encoded[name].to_pylist() for name in ("crs", *_TRANSFORM)), strict=True)
             areas = [
-                None if one is None else areas_by_class(one, row, len(classes))
-                for one, row in zip(label_maps, rows, strict=True)
+                None if one is None else areas_by_class(one, crs, tuple(transform), len(classes))
+                for one, (crs, *transform) in zip(label_maps, places, strict=True)
             ]
-            encoded = encoded.drop_columns("pickled").append_column("area_sum", pa.array(areas, pa.list_(pa.float64())))
+            encoded = encoded.append_column("area_sum", pa.array(areas, pa.list_(pa.float64())))
     ledger.encoded.remote(len(pngs), pngs.count(None))
     return encoded
 
@@ -690,7 +721,7 @@ class _Page:
     """Entries of the source, sorted out."""
 
     loose: pa.Table
-    """Loose images that are not done, with the schema `source.ENTRIES`."""
+    """Loose images that are not done, with the schema `source.ENTRIES`; of scenes windows, with `cut.WINDOWS`."""
     shards: pa.Table
     """Shards of which it is not known that they are done, likewise."""
     num_present: int
@@ -699,6 +730,8 @@ class _Page:
     """Shards of which every image is done."""
     num_in_shards_done: int
     """Images in them."""
+    is_unversioned: bool
+    """Whether entries have no version, or had none in an earlier run, so that its rejects may be put right."""
 
 
 def _pages(job: Label, source: Any, sink: Any, done: np.ndarray, checkpoint: Any, recipe_id: str) -> Iterator[_Page]:
@@ -734,7 +767,52 @@ def _image_pages(source: Any, sink: Any, done: np.ndarray) -> Iterator[_Page]:
                 num_present=int(present.sum()) + sum(found),
                 num_shards_done=len(found),
                 num_in_shards_done=sum(found),
+                is_unversioned=table["version"].null_count > 0,
             )
+
+
+def _scene_pages(
+    job: Label, source: Any, sink: Any, done: np.ndarray, checkpoint: Any, recipe_id: str
+) -> Iterator[_Page]:
+    """Likewise of scenes, whose windows are loose images; what those are is noted in the sink, as it is of shards."""
+    from segray.catalog import scene_version
+    from segray.cut import WINDOWS, windows_of
+    from segray.source import image_id, known, shard_id
+
+    noted = sink.shards()
+    area = _area(job)
+
+    def look_at(entry: Mapping[str, Any]) -> tuple[pa.Table, int, bool]:
+        """The windows that are to be read, how many are done, and whether that is known without a look at the scene."""
+        version = entry["version"] or scene_version(entry["uri"], job.scenes.calls)
+        name = None if isinstance(version, Reject) else shard_id(entry["uri"], version, recipe_id)
+        if name in noted and (number := sink.num_done(name, done)) is not None:
+            return WINDOWS.empty_table(), number, True
+        found = windows_of(entry["uri"], version, job.scenes, area, checkpoint.preprocessing, entry["item"])
+        ids = found["image_id"].to_pylist()
+        if name is not None and not job.dry_run:
+            sink.write_shard(name, ids)
+        present = known(np.array(ids, "S32"), done)
+        return found.filter(pa.array(~present)), int(present.sum()), False
+
+    num_scenes = num_outside = 0
+    with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
+        for table in source.entries():
+            found = list(pool.map(look_at, table.to_pylist()))
+            num_scenes += len(found)
+            num_outside += sum(windows.num_rows + number == 0 for windows, number, _ in found)
+            # By these an earlier run rejected what it could not look up.
+            versionless = np.array([image_id(uri, "") for uri in table["uri"].to_pylist()], "S32")
+            yield _Page(
+                loose=pa.concat_tables([WINDOWS.empty_table(), *(windows for windows, _, _ in found)]),
+                shards=WINDOWS.empty_table(),
+                num_present=sum(number for _, number, _ in found),
+                num_shards_done=sum(is_known for _, _, is_known in found),
+                num_in_shards_done=sum(number for _, number, is_known in found if is_known),
+                is_unversioned=bool(known(versionless, done).any()),
+            )
+    if num_outside:
+        note(f"{num_outside:,} of {num_scenes:,} scenes lie outside of {job.scenes.area}; nothing of them is labelled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -742,7 +820,7 @@ class _Index:
     """What is to be done, in blocks that are one task's work each."""
 
     blocks: list[Any]
-    """Ray references to tables with the schema `source.ENTRIES`."""
+    """Ray references to tables with the schema `source.ENTRIES`, or `cut.WINDOWS`."""
     num_loose: int
     """Loose images in them."""
     num_shards: int
@@ -752,7 +830,7 @@ class _Index:
     num_other: int
     """Objects that are neither images nor shards."""
     is_unversioned: bool
-    """Whether entries have no version, so that each is looked up before it is read."""
+    """Whether entries have no version, or had none in an earlier run, so that its rejects may be put right."""
 
     @property
     def num_images(self) -> int:
@@ -760,43 +838,16 @@ class _Index:
         return self.num_loose + self.num_shards * _IMAGES_PER_SHARD
 
 
-def _scene_pages(
-    job: Label, source: Any, sink: Any, done: np.ndarray, checkpoint: Any, recipe_id: str
-) -> Iterator[_Page]:
-    """Likewise of scenes, whose windows are loose images; what those are is noted in the sink, as it is of shards."""
-    from segray.cut import WINDOWS, windows_of
-    from segray.preprocessing import match_bands
-    from segray.source import image_id, known, shard_id
-
-    noted = sink.shards() if len(done) else set()
-    area, match = _area(job), functools.partial(match_bands, checkpoint.preprocessing)
-
-    def look_at(entry: Mapping[str, Any]) -> tuple[pa.Table, int, bool]:
-        """The windows that are to be read, how many are done, and whether that is known without a look at the scene."""
-        name = shard_id(entry["uri"], entry["version"] or "", recipe_id)
-        if name in noted and (number := sink.num_done(name, done)) is not None:
-            return WINDOWS.empty_table(), number, True
-        found = windows_of(entry, job.scenes, area, match)
-        versioned = zip(found["uri"].to_pylist(), found["version"].to_pylist(), strict=True)
-        ids = [image_id(uri, version or "") for uri, version in versioned]
-        if entry["version"] is not None and not job.dry_run:
-            sink.write_shard(name, ids)
-        present = known(np.array(ids, "S32"), done)
-        return found.filter(pa.array(~present)), int(present.sum()), False
-
-    with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
-        for table in source.entries():
-            found = list(pool.map(look_at, table.to_pylist()))
-            yield _Page(
-                loose=pa.concat_tables(windows for windows, _, _ in found),
-                shards=table.slice(0, 0),
-                num_present=sum(number for _, number, _ in found),
-                num_shards_done=sum(is_known for _, _, is_known in found),
-                num_in_shards_done=sum(number for _, number, is_known in found if is_known),
-            )
+def _per_block(job: Label) -> tuple[int, int]:
+    return _IMAGES_PER_BLOCK if job.scenes.size is None else _WINDOWS_PER_BLOCK
 
 
-def _index(pages: Iterator[_Page], source: Any, block_size: int | None) -> _Index:
+def _noun(job: Label) -> str:
+    """What the run labels, to a person."""
+    return "images" if job.scenes.size is None else "windows"
+
+
+def _index(pages: Iterator[_Page], source: Any, per_block: tuple[int, int]) -> _Index:
     import ray
 
     blocks: list[Any] = []
@@ -804,13 +855,13 @@ def _index(pages: Iterator[_Page], source: Any, block_size: int | None) -> _Inde
     is_unversioned = False
     for page in pages:
         # Few at first, that all may begin; then more, that millions of images are some thousand blocks.
-        size = block_size or max(_IMAGES_PER_BLOCK, min(_MAX_IMAGES_PER_BLOCK, num_loose // _NUM_SMALL_BLOCKS))
+        size = max(per_block[0], min(per_block[1], num_loose // _NUM_SMALL_BLOCKS))
         blocks += [ray.put(page.loose.slice(row, size)) for row in range(0, page.loose.num_rows, size)]
         blocks += [ray.put(page.shards.slice(row, 1)) for row in range(page.shards.num_rows)]
         num_loose += page.loose.num_rows
         num_shards += page.shards.num_rows
         num_present += page.num_present
-        is_unversioned |= page.loose["version"].null_count + page.shards["version"].null_count > 0
+        is_unversioned |= page.is_unversioned
     return _Index(blocks, num_loose, num_shards, num_present, source.num_other, is_unversioned)
 
 
@@ -818,7 +869,7 @@ class _Run:
     """One execution: its id, its clock, and what is told of it in the end."""
 
     def __init__(self, job: Label) -> None:
-        self._job = job
+        self.job = job
         self.started = datetime.now(UTC)
         self.run_id = f"{self.started:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
         self.status: Literal["running", "finished", "interrupted", "failed"] = "running"
@@ -865,7 +916,7 @@ class _Run:
             "status": self.status,
             "ended": self.ended or ("at its bound" if state.is_bounded else None),
             "segray": segray.__version__,
-            "job": dataclasses.asdict(self._job),
+            "job": dataclasses.asdict(self.job),
             "placement": dataclasses.asdict(placement),
             "started": self.started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(),
@@ -896,8 +947,9 @@ def _recipe(job: Label, checkpoint: Any) -> dict[str, Any]:
     tiling = dataclasses.asdict(job.tiling)
     more: dict[str, Any] = {"crf": dataclasses.asdict(Crf())} if job.crf else {}
     if job.scenes.size is not None:
-        area = None if job.scenes.area is None else dataclasses.asdict(_area(job))
-        more["scenes"] = {"size": job.scenes.size, "halo": job.scenes.halo, "area": area}
+        area = _area(job)
+        of_area = None if area is None else area.to_dict()
+        more["scenes"] = dataclasses.asdict(job.scenes) | {"area": of_area}
     decisive = {
         "labelling": _LABELLING,
         "model": checkpoint.digest(),
@@ -946,22 +998,35 @@ def _print_prospect(job: Label, source: Any, checkpoint: Any, sink: Any, recipe:
     else:
         per_shard = num_members(shards["uri"][0].as_py(), job.column) if num_shards else 0
     beside = f" (beside {', '.join(others)})" if others else ""
+    num_present = sum(page.num_present for page in pages)
+    changed = ["of these, changed since they were labelled", f"{sink.num_changed(_versions(loose, shards)):,}"]
+    if job.scenes.size is None:
+        found = [
+            ["loose images to label", f"{num_loose:,}"],
+            ["shards to open", f"{num_shards:,}{f', of about {per_shard:,.0f} images' if num_shards else ''}"],
+            changed,
+            ["images already there", f"{num_present:,}"],
+            ["shards of which all is there", f"{num_shards_done:,}"],
+        ]
+    else:
+        found = [
+            ["windows to label", f"{num_loose:,}"],
+            changed,
+            ["windows already there", f"{num_present:,}"],
+            ["scenes of which all is there", f"{num_shards_done:,}"],
+        ]
     print_table(
         ["dry run", ""],
         [
             ["recipe", f"{recipe}{', new' if not len(done) else ''}{beside}"],
             *([["refined by", "a CRF"]] if job.crf else []),
-            ["loose images to label", f"{num_loose:,}"],
-            ["shards to open", f"{num_shards:,}{f', of about {per_shard:,.0f} images' if num_shards else ''}"],
-            ["of these, changed since they were labelled", f"{sink.num_changed(pa.concat_tables([loose, shards])):,}"],
-            ["images already there", f"{sum(page.num_present for page in pages):,}"],
-            ["shards of which all is there", f"{num_shards_done:,}"],
+            *found,
         ],
     )
     if not num_loose and not num_shards:
         print("nothing to do")
         return
-    num_images = min(num_loose + round(num_shards * per_shard), job.max_images or sys.maxsize)
+    noun, num_images = _noun(job), min(num_loose + round(num_shards * per_shard), job.max_images or sys.maxsize)
     if job.sample is not None:
         start_seconds, rate = _time_sample(job, checkpoint, loose, shards, done)
         basis = "a sample"
@@ -969,14 +1034,18 @@ def _print_prospect(job: Label, source: Any, checkpoint: Any, sink: Any, recipe:
         start_seconds, rate = records[0]["seconds"]["start"], records[0]["images_per_second"]
         basis = f"run {records[0]['run_id']}"
     else:
-        print(f"about {num_images:,} images; no run of this recipe tells how long that takes: try --sample 500")
+        print(f"about {num_images:,} {noun}; no run of this recipe tells how long that takes: try --sample 500")
         return
     seconds = start_seconds + num_images / rate
     cost = f", at a cost of {job.hourly_cost * seconds / 3600:,.2f}" if job.hourly_cost is not None else ""
     print(
-        f"about {num_images:,} images in {timedelta(seconds=round(seconds))}{cost}, "
-        f"at the {rate:.1f} images/s of {basis}"
+        f"about {num_images:,} {noun} in {timedelta(seconds=round(seconds))}{cost}, "
+        f"at the {rate:.1f} {noun}/s of {basis}"
     )
+
+
+def _versions(*tables: pa.Table) -> pa.Table:
+    return pa.concat_tables(table.select(["uri", "version"]) for table in tables)
 
 
 def _time_sample(
@@ -993,7 +1062,7 @@ def _time_sample(
     began = time.time()
     with session() as ray:
         blocks = []
-        for table, size in ((loose, _IMAGES_PER_BLOCK), (shards, 1)):
+        for table, size in ((loose, _per_block(job)[0]), (shards, 1)):
             # From all over the index, as its beginning may be like itself alone.
             rows = np.unique(np.linspace(0, table.num_rows, job.sample, endpoint=False, dtype=int))
             some = table.take(pa.array(rows[: table.num_rows]))
@@ -1021,20 +1090,22 @@ def _print_summary(job: Label, record: Mapping[str, Any]) -> None:
         }
         say(f"written to {job.sink}", **told)
         return
-    counts, seconds = record["counts"], record["seconds"]
+    counts, seconds, noun = record["counts"], record["seconds"], _noun(job)
     rows = [[name, f"{counts[name]:,}"] for name in ("seen", "labelled", "present", "rejected")]
     rows[2][0] = "already there"
     rows += [[f"  {r['stage']}: {r['kind']}", f"{r['num_images']:,}"] for r in record["rejects"]]
     if counts["other_files"]:
-        rows.append(["other files, not images", f"{counts['other_files']:,}"])
+        rows.append(
+            [f"other files, not {'images' if job.scenes.size is None else 'scenes'}", f"{counts['other_files']:,}"]
+        )
     if record["num_lost"]:
         rows.append(["predicted, and lost before they were written", f"{record['num_lost']:,}"])
     ended = f" ({record['ended']})" if record["ended"] else ""
     print(f"run {record['run_id']} of recipe {record['recipe']}: {record['status']}{ended}")
-    print_table(["images", ""], rows)
+    print_table([noun, ""], rows)
     if counts["labelled"]:
         print_table(
-            ["class", "pixels", "share", "images", "confidence"],
+            ["class", "pixels", "share", noun, "confidence"],
             [
                 [
                     f"{c['class_id']} {c['class_name']}",
@@ -1049,7 +1120,7 @@ def _print_summary(job: Label, record: Mapping[str, Any]) -> None:
     rate, crf_ms = record["images_per_second"], record["crf_ms_per_image"]
     print(
         f"{seconds['total']:.1f} s in all, {seconds['start']:.1f} s of them to the first label map"
-        + (f", then {rate:.1f} images/s" if rate else "")
+        + (f", then {rate:.1f} {noun}/s" if rate else "")
         + (f"; the CRF took {crf_ms:,.1f} ms an image" if crf_ms is not None else "")
     )
     print(f"written to {job.sink}")

@@ -50,6 +50,14 @@ class Raster:
     """Where there are data."""
     core: Window
     """Of these pixels those that are labelled."""
+    wanted: Bool[np.ndarray, "_ _"] | None = None
+    """Of the core's pixels those that are labelled if they have data; the model sees the others too. None: all."""
+
+    @property
+    def labelled(self) -> Bool[np.ndarray, "_ _"]:
+        """Which of the core's pixels have data and are wanted."""
+        valid: np.ndarray = self.valid[self.core.rows, self.core.cols]
+        return valid if self.wanted is None else valid & self.wanted
 
     @classmethod
     def whole(cls, values: Float32[np.ndarray, "height width bands"]) -> "Raster":
@@ -142,7 +150,8 @@ class Predictor:
         Args:
             batch: columns `height`, `width`, `stage`, `reason` (null unless it is a reject), any others, and of images
                 `pixels` (binary, HWC uint8 RGB); of rasters `values` (binary, CHW float32), `valid` (binary, HW
-                bool), `core_col_off`, `core_row_off`, `core_width`, `core_height`.
+                bool), `wanted` (binary, HW bool, of the core), `core_col_off`, `core_row_off`, `core_width`,
+                `core_height`.
 
         Returns:
             The other columns, in their order, with these replaced by `label_map` (binary, the
@@ -172,7 +181,7 @@ class Predictor:
             "reason": pa.array([r.reason if r else s for r, s in zip(rejects, reasons, strict=True)], pa.string()),
         }
         if of_scenes:
-            read = ["values", "valid", "height", "width", "core_col_off", "core_row_off"]
+            read = ["values", "valid", "wanted", "height", "width", "core_col_off", "core_row_off"]
             kept = batch.drop_columns([*read, "stage", "reason"])
             kept = kept.rename_columns([name.removeprefix("core_") for name in kept.column_names])
         else:
@@ -233,14 +242,16 @@ class Predictor:
           pixel (which no model does that pools over all that it sees);
         - or the model is an ONNX one of a fixed size, and halos are at least as wide as the tiling's overlap.
 
-        Pixels without data are fed to the model as their band's mean. A core of such pixels alone is not fed at all.
+        Pixels without data are fed to the model as their band's mean. A core without a pixel that has data and is
+        wanted is not fed at all.
 
         Args:
             rasters: of any sizes.
 
         Returns:
             In their order, a prediction of each raster's core, or the reject of one for which the model gave numbers
-            that are not finite. Pixels without data have `ignore_index`, and count nowhere.
+            that are not finite. Pixels without data, and those that are not wanted, have `ignore_index`, and count
+            nowhere.
 
         Raises:
             SettingsError: the model's `ignore_index` does not fit a label map, its images are resized, or a CRF is
@@ -256,7 +267,7 @@ class Predictor:
         results: list[Prediction | Reject] = [Reject("predict", "not predicted", "")] * len(rasters)
         by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, raster in enumerate(rasters):
-            if raster.valid[raster.core.rows, raster.core.cols].any():
+            if raster.labelled.any():
                 by_shape[raster.values.shape].append(index)
             else:
                 results[index] = self._without_data(raster)
@@ -430,9 +441,9 @@ class Predictor:
         self, logits: Float[Tensor, "num_classes rows width"], raster: Raster, first_row: int
     ) -> Prediction:
         """The logits of some rows of a raster's core to their label map."""
-        core, num_rows = raster.core, logits.shape[1]
-        valid = raster.valid[core.rows, core.cols][first_row : first_row + num_rows]
-        return self._prediction(logits[None], num_rows, core.width, torch.tensor(valid, device=self._device))
+        num_rows = logits.shape[1]
+        labelled = raster.labelled[first_row : first_row + num_rows]
+        return self._prediction(logits[None], num_rows, raster.core.width, torch.tensor(labelled, device=self._device))
 
     def _without_data(self, raster: Raster) -> Prediction:
         num_classes, shape = len(self._classes), (raster.core.height, raster.core.width)
@@ -482,7 +493,7 @@ class Predictor:
             logits: of the image.
             height: of its label map.
             width: of its label map.
-            valid: where it has data. None: everywhere.
+            valid: which pixels are labelled. None: all.
         """
         num_classes = len(self._classes)
         label_map, confidence = (of_batch.flatten() for of_batch in self._argmax(logits, height, width))
@@ -543,10 +554,12 @@ def _raster(batch: pa.Table, row: int) -> Raster:
         return number
 
     height, width = of("height"), of("width")
+    core = Window(of("core_col_off"), of("core_row_off"), of("core_width"), of("core_height"))
     return Raster(
         values=np.frombuffer(batch["values"][row].as_buffer(), np.float32).reshape(-1, height, width),
         valid=np.frombuffer(batch["valid"][row].as_buffer(), np.bool_).reshape(height, width),
-        core=Window(of("core_col_off"), of("core_row_off"), of("core_width"), of("core_height")),
+        core=core,
+        wanted=np.frombuffer(batch["wanted"][row].as_buffer(), np.bool_).reshape(core.height, core.width),
     )
 
 

@@ -272,6 +272,7 @@ def watch(
     samples: list[tuple[float, int]],
     lacks_nodes: Callable[[], bool],
     stalled: Callable[[bool, float], None],
+    noun: str = "images",
 ) -> Iterator[None]:
     """Shows how a run goes: a live bar on a terminal, elsewhere a line every 10 seconds.
 
@@ -284,6 +285,7 @@ def watch(
         lacks_nodes: whether the cluster has none left of a kind that the run needs.
         stalled: is called, in another thread, when nothing has gone on for 5 minutes, or for 30 where no model was
             built yet or nodes have to come first; it is told whether there had been a model, and the seconds.
+        noun: what is labelled.
     """
     stop = threading.Event()
     console = Console(stderr=True)
@@ -317,11 +319,11 @@ def watch(
             if state is None:
                 continue
             total = _expected(state, num_loose, num_shards)
-            text = _describe(state, total)
+            text = _describe(state, total, noun)
             bar.update(task, completed=state.num_done, total=total, text=text)
             if not console.is_terminal and now >= next_line:
                 say(
-                    f"{state.num_done} of {total or '?'} images, {text}",
+                    f"{state.num_done} of {total or '?'} {noun}, {text}",
                     num_done=state.num_done,
                     num_images=total,
                     num_rejected=state.num_rejected,
@@ -355,7 +357,7 @@ def _expected(state: Snapshot, num_loose: int, num_shards: int) -> int | None:
     return max(num_loose + in_shards - state.num_present, state.num_done)
 
 
-def _describe(state: Snapshot, total: int | None) -> str:
+def _describe(state: Snapshot, total: int | None, noun: str) -> str:
     if state.first_done is None or state.last_done is None:
         return "starting"
     rejects = f"{state.num_rejected} rejects"
@@ -363,7 +365,7 @@ def _describe(state: Snapshot, total: int | None) -> str:
         return rejects
     rate = (state.num_done - state.num_done_first) / (state.last_done - state.first_done)
     left = f", {timedelta(seconds=round((total - state.num_done) / rate))} left" if total and rate else ""
-    return f"{rate:.1f} images/s{left}, {rejects}"
+    return f"{rate:.1f} {noun}/s{left}, {rejects}"
 
 
 def is_json() -> bool:

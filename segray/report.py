@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
@@ -30,12 +30,15 @@ from tyro.conf import Positional
 from segray.classes import RGB, Classes
 from segray.curves import Training
 from segray.decode import decode
-from segray.errors import Reject, RunError, SettingsError, SinkError
+from segray.errors import Reject, RunError, SegrayError, SettingsError, SinkError
 from segray.labelmap import class_mask, colourise, decode_png
+from segray.preprocessing import Preprocessing
 from segray.source import read_images
 from segray.store import LabelStore, image_name
 
 __all__ = ["Report", "report"]
+
+# Windows of scenes are read with GDAL, of the extra `geo`; it is imported when there is one to show.
 
 _THUMBNAIL_SIDE = 640
 _SINGLE_SIDE = 1600
@@ -44,6 +47,7 @@ _NUM_EXAMPLES = 5
 _NUM_RUNS = 20
 _NUM_NIGHTS = 60
 _NUM_AT_ONCE = 64
+_SIDES = ("west", "south", "east", "north")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +142,7 @@ def report(job: Report) -> str:
                 f"run `segray label SOURCE {job.sink}`, or choose another: {store.other_recipes(recipe_id)}"
             )
         least, sample = statistics.gallery(job.num_images)
-        images = {image["image_id"]: image for image in _images(store, recipe_id, [*least, *sample], classes)}
+        images = {image["image_id"]: image for image in _images(store, recipe, [*least, *sample])}
         runs = [run for run in store.runs() if run["recipe"] == recipe_id]
         page |= {
             "runs": runs[:_NUM_RUNS],
@@ -155,7 +159,7 @@ def report(job: Report) -> str:
         chosen = None
     else:
         chosen = _find(store, recipe_id, job.image_id)
-        (image,) = _images(store, recipe_id, [chosen], classes, side=_SINGLE_SIDE)
+        (image,) = _images(store, recipe, [chosen], side=_SINGLE_SIDE)
         page |= {"title": image["name"], "classes": [], "galleries": [{"title": None, "images": [image]}]}
 
     path = job.html or f"{store.path}/{'report' if chosen is None else f'image-{job.image_id}'}.html"
@@ -218,6 +222,8 @@ class _Statistics:
     num_images_with: np.ndarray[Any, Any]
     known_pixels: np.ndarray[Any, Any]
     confidence_sum: np.ndarray[Any, Any]
+    areas_m2: np.ndarray[Any, Any]
+    """NaN where not all are known: images have none."""
     num_images: int = 0
     least: list[_Found] = field(default_factory=list)
     sample: list[_Found] = field(default_factory=list)
@@ -225,20 +231,25 @@ class _Statistics:
     @classmethod
     def read(cls, store: LabelStore, recipe_id: str, classes: Classes, num_kept: int, seed: int) -> "_Statistics":
         num_pixels, num_images_with, known_pixels = np.zeros((3, len(classes)), np.int64)
-        statistics = cls(num_pixels, num_images_with, known_pixels, np.zeros(len(classes)))
+        confidence_sum, areas_m2 = np.zeros((2, len(classes)))
+        statistics = cls(num_pixels, num_images_with, known_pixels, confidence_sum, areas_m2)
         for part in store.parts("statistics", recipe_id):
             statistics._add(_weighted(store, recipe_id, part), part, num_kept, seed)
         return statistics
 
     def _add(self, table: pa.Table, part: str, num_kept: int, seed: int) -> None:
         by_class = table.group_by("class_id").aggregate(
-            [("num_pixels", "sum"), ("num_pixels", "count"), ("known", "sum"), ("weighted", "sum")]
+            [
+                *(("num_pixels", "sum"), ("num_pixels", "count"), ("known", "sum"), ("weighted", "sum")),
+                ("area_m2", "sum"),
+            ]
         )
         ids = by_class["class_id"].to_numpy()
         self.num_pixels[ids] += by_class["num_pixels_sum"].to_numpy()
         self.num_images_with[ids] += by_class["num_pixels_count"].to_numpy()
         self.known_pixels[ids] += by_class["known_sum"].to_numpy()
         self.confidence_sum[ids] += by_class["weighted_sum"].to_numpy()
+        self.areas_m2[ids] += by_class["area_m2_sum"].to_numpy()
         confidences = _confidences(table)
         self.num_images += len(confidences)
         for image_id, confidence in confidences.items():
@@ -265,6 +276,7 @@ class _Statistics:
                 "num_pixels": int(self.num_pixels[class_id]),
                 "fraction": int(self.num_pixels[class_id]) / total if total else 0.0,
                 "num_images": int(self.num_images_with[class_id]),
+                "hectares": None if np.isnan(self.areas_m2[class_id]) else float(self.areas_m2[class_id]) / 10_000,
                 "mean_confidence": float(self.confidence_sum[class_id] / self.known_pixels[class_id])
                 if self.known_pixels[class_id]
                 else None,
@@ -291,9 +303,12 @@ def _weighted(store: LabelStore, recipe_id: str, part: str) -> pa.Table:
 
     `known` is the pixels whose confidence is known, `weighted` the confidence summed over them.
     """
-    table = store.read("statistics", recipe_id, part, ["image_id", "class_id", "num_pixels", "mean_confidence"])
+    columns = ["image_id", "class_id", "num_pixels", "mean_confidence", "area_m2"]
+    table = store.read("statistics", recipe_id, part, columns)
     known = pc.if_else(pc.is_valid(table["mean_confidence"]), table["num_pixels"], 0)
     weighted = pc.fill_null(pc.multiply(table["mean_confidence"], table["num_pixels"]), 0.0)
+    areas_m2 = table["area_m2"].cast(pa.float64())  # of no type where the part has no such column
+    table = table.set_column(columns.index("area_m2"), "area_m2", areas_m2)
     return table.append_column("known", known).append_column("weighted", weighted)
 
 
@@ -321,18 +336,18 @@ def _find(store: LabelStore, recipe_id: str, image_id: str) -> _Found:
 
 
 def _images(
-    store: LabelStore, recipe_id: str, found: list[_Found], classes: Classes, side: int = _THUMBNAIL_SIDE
+    store: LabelStore, recipe: Mapping[str, Any], found: list[_Found], side: int = _THUMBNAIL_SIDE
 ) -> list[dict[str, Any]]:
     """What the page shows of each image, in no particular order."""
     confidences = {image.image_id: image.confidence for image in found}
-    rows = _rows(store, recipe_id, sorted({image.part for image in found}), confidences)
+    rows = _rows(store, recipe["recipe"], sorted({image.part for image in found}), confidences)
     images: list[dict[str, Any]] = []
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         while batch := list(islice(rows, _NUM_AT_ONCE)):
-            originals = read_images({row["uri"] for row in batch})
+            originals = read_images({row["uri"] for row in batch if row["scene"] is None})
 
             def show(row: dict[str, Any], originals: dict[str, bytes | Reject] = originals) -> dict[str, Any]:
-                return _image(row, originals[row["uri"]], confidences[row["image_id"]], classes, side)
+                return _image(row, originals.get(row["uri"]), confidences[row["image_id"]], recipe, side)
 
             images += pool.map(show, batch)
     return images
@@ -341,7 +356,8 @@ def _images(
 def _rows(
     store: LabelStore, recipe_id: str, parts: Iterable[str] | None = None, image_ids: Iterable[str] | None = None
 ) -> Iterator[dict[str, Any]]:
-    columns = ["image_id", "uri", "height", "width", "label_map"]
+    place = ("col_off", "row_off", "crs", *(f"transform_{letter}" for letter in "abcdef"), *_SIDES)
+    columns = ["image_id", "uri", "version", "height", "width", "label_map", "scene", *place]
     wanted = None if image_ids is None else pa.array(image_ids, pa.string())
     for batch in store.batches("label_maps", recipe_id, columns, parts):
         if wanted is not None:
@@ -350,32 +366,37 @@ def _rows(
 
 
 def _image(
-    row: dict[str, Any], original: bytes | Reject, confidence: float | None, classes: Classes, side: int
+    row: dict[str, Any],
+    original: bytes | Reject | None,
+    confidence: float | None,
+    recipe: Mapping[str, Any],
+    side: int,
 ) -> dict[str, Any]:
+    """What the page shows of an image; the original of a window of a scene is None."""
+    classes = Classes.from_dict(recipe["classes"])
     label_map = decode_png(row["label_map"])
     height, width = label_map.shape
     scale = min(1.0, side / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     counts = np.bincount(label_map.ravel(), minlength=len(classes))
-    shares = {class_id: int(counts[class_id]) / label_map.size for class_id in range(len(classes)) if counts[class_id]}
-    photo, missing = None, None
+    num_pixels = label_map.size if row["scene"] is None else int(counts[: len(classes)].sum()) or 1
+    shares = {class_id: int(counts[class_id]) / num_pixels for class_id in range(len(classes)) if counts[class_id]}
+    photo, missing, name = None, None, image_name(row["uri"])
     try:
-        if isinstance(original, Reject):
-            raise original
-        pixels = decode(original, max_pixels=height * width)
-        if pixels.shape[:2] == (height, width):
-            photo = _jpeg(pixels, size)
+        if original is not None:
+            photo = _jpeg(_photo(original, height, width), size)
         else:
-            missing = f"changed: {pixels.shape[0]}×{pixels.shape[1]} pixels now, {height}×{width} when labelled"
-    except Reject as error:
-        grown = error.kind == "too many pixels"
-        missing = "changed: it has more pixels now than when labelled" if grown else error.reason
+            name = f"{image_name(row['scene'])} at {row['col_off']}, {row['row_off']}"
+            photo = _jpeg(_window(row, recipe), size)
+    except SegrayError as error:
+        missing = error.reason if isinstance(error, Reject) else str(error)
     return {
         "image_id": row["image_id"],
         "uri": row["uri"],
-        "name": image_name(row["uri"]),
+        "name": name,
         "height": height,
         "width": width,
+        "bounds": None if row["scene"] is None else [row[side] for side in _SIDES],
         "confidence": confidence,
         "classes": [
             {"name": classes.names[class_id], "colour": _hex(classes.palette[class_id]), "fraction": share}
@@ -385,6 +406,39 @@ def _image(
         "missing": missing,
         "label_map": _overlay(label_map, size, classes.palette),
     }
+
+
+def _photo(original: bytes | Reject, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
+    """The pixels of an image, which was of that size when it was labelled.
+
+    Raises:
+        Reject: it is gone, damaged, or of another size now.
+    """
+    if isinstance(original, Reject):
+        raise original
+    try:
+        pixels = decode(original, max_pixels=height * width)
+    except Reject as error:
+        if error.kind != "too many pixels":
+            raise
+        raise Reject("decode", "changed", "it has more pixels now than when labelled") from error
+    if pixels.shape[:2] != (height, width):
+        detail = f"{pixels.shape[0]}×{pixels.shape[1]} pixels now, {height}×{width} when labelled"
+        raise Reject("decode", "changed", detail)
+    return pixels
+
+
+def _window(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> UInt8[np.ndarray, "height width 3"]:
+    """The picture of a window of a scene.
+
+    Raises:
+        SegrayError: there is none; it says why.
+    """
+    try:
+        from segray.picture import picture
+    except ImportError as error:
+        raise SettingsError(f"reading scenes needs the extra geo: pip install 'segray[geo]' ({error})") from error
+    return picture(row, Preprocessing.from_dict(recipe["preprocessing"]))
 
 
 def _jpeg(pixels: UInt8[np.ndarray, "height width 3"], size: tuple[int, int]) -> str:

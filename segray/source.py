@@ -48,6 +48,7 @@ __all__ = [
     "read_images",
     "shard_id",
     "tar_samples",
+    "version_in",
 ]
 
 ENTRIES = pa.schema({"uri": pa.string(), "version": pa.string(), "size_bytes": pa.int64()})
@@ -120,8 +121,9 @@ def is_shard(uri: str) -> bool:
 
 
 def is_scene(uri: str) -> bool:
-    """Whether the URI's ending may be a scene's, which has many windows."""
-    return uri.lower().endswith(_SCENE_SUFFIXES)
+    """Whether a URI may be a scene's, which has many windows: by its ending, or as STAC APIs name items."""
+    path = uri.partition("#")[0].lower()
+    return path.endswith(_SCENE_SUFFIXES) or (path.startswith("http") and "." not in path.rpartition("/")[2])
 
 
 def known(ids: Shaped[np.ndarray, " n"], done: Shaped[np.ndarray, " m"]) -> Bool[np.ndarray, " n"]:
@@ -191,7 +193,7 @@ class Source:
             else:
                 infos = (info for info in _walk(self._fs, self._path) if self._is_wanted(info["name"]))
             yield from _tables(
-                (self._fs.unstrip_protocol(info["name"]), _version(info), info["size"]) for info in infos
+                (self._fs.unstrip_protocol(info["name"]), version_in(info), info["size"]) for info in infos
             )
         except SourceError:
             raise
@@ -424,7 +426,8 @@ def _final(error: Exception) -> Reject:
     return _reject(error)
 
 
-def _version(info: dict[str, Any]) -> str:
+def version_in(info: Mapping[str, Any]) -> str:
+    """The version of an object, by what a listing of fsspec says of it."""
     for name in ("ETag", "etag", "e_tag"):
         if info.get(name):
             return str(info[name]).strip('"')
@@ -561,7 +564,7 @@ def look_up(row: Mapping[str, Any]) -> str | Reject:
         return str(row["version"])
     try:
         fs, path = filesystem(row["uri"])
-        return _version(retrying(lambda: fs.info(path)))
+        return version_in(retrying(lambda: fs.info(path)))
     except Exception as error:  # whatever the store's client raises
         if codes(error) & {"400", "403"}:  # S3's answer to HEAD has no body to say which refusal it is
             return _refused(fs, path, error)

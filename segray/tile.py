@@ -1,6 +1,6 @@
 """Window, Tiling, Scenes: how what is too large for the model, or for the memory, is cut."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from segray.errors import SettingsError
@@ -83,13 +83,37 @@ class Scenes:
     area: str | None = None
     """A GeoJSON file in longitude and latitude; what lies outside of it is neither read nor labelled."""
 
+    bands: tuple[str, ...] = ()
+    """What scenes call the bands that the model is fed: red=B4 nir=B5, as in SOURCE/LC08_*_{band}.TIF, in STAC items,
+    or by the numbers of a raster's bands. Left out: they are called alike."""
+
+    scale: float | None = None
+    """Samples are multiplied by it, such as 0.0001, to be reflectances. None: by what files or STAC items say."""
+
+    offset: float | None = None
+    """That is added then; likewise."""
+
+    nodata: float | None = None
+    """The sample that says that there is no data; likewise."""
+
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 1:
             raise SettingsError(f"scenes.size {self.size}: must be at least 1 pixel")
         if self.halo < 0:
             raise SettingsError(f"scenes.halo {self.halo}: must be at least 0 pixels")
-        if self.size is None and self != Scenes():
-            raise SettingsError("scenes.halo and scenes.area are of scenes; give scenes.size, such as 1024")
+        if self.size is None and any(getattr(self, field.name) != field.default for field in fields(self)):
+            raise SettingsError("other settings of scenes come with scenes.size; give it, such as 1024")
+        names = [text.partition("=")[0] for text in self.bands]
+        if not all(names) or not all(self.calls.values()):
+            raise SettingsError(f"scenes.bands {' '.join(self.bands)}: give each as NAME=WHAT, such as red=B4")
+        if len({name.casefold() for name in names}) < len(names):
+            raise SettingsError(f"scenes.bands {' '.join(self.bands)}: a name stands there twice")
+
+    @property
+    def calls(self) -> dict[str, str]:
+        """What scenes call the bands, by their names."""
+        parts = (text.partition("=") for text in self.bands)
+        return {name: called if equals else name for name, equals, called in parts}
 
     def around(self, core: Window, height: int, width: int) -> Window:
         """What is read for a window of a scene of so many pixels: the window and its halo, up to the scene's border."""

@@ -5,7 +5,7 @@ import secrets
 import sys
 import threading
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -23,10 +23,12 @@ from segray.classes import Classes
 from segray.errors import RunError, SegrayError, SettingsError, SinkError, SourceError
 from segray.labelmap import decode_png
 from segray.lock import hold
+from segray.preprocessing import Preprocessing
 from segray.progress import note, print_table
 from segray.session import root_cause, session
 from segray.source import Source, fetch, image_id, is_shard, known
 from segray.store import LabelStore
+from segray.tile import Scenes
 
 __all__ = ["Verify", "verify"]
 
@@ -37,6 +39,7 @@ _NUM_SHOWN = 50
 _TASK_CPUS = 0.5  # a task waits for its part before it decodes
 _TASKS_IN_FLIGHT = 256
 _ENTRIES_PER_TASK = 32
+_SCENES_PER_TASK = 4
 _ROWS = 64
 _PIXELS = 2**24  # counted at once: np.bincount wants 8 bytes a pixel
 
@@ -49,7 +52,8 @@ class Verify:
     """The label store: a folder or prefix that `label` wrote."""
 
     source: Positional[str | None] = None
-    """What was labelled, as `label` takes it: every image of it has to be labelled or rejected, in each recipe."""
+    """What was labelled, as `label` takes it: every image of it, or window of its scenes, has to be labelled or
+    rejected, in each recipe."""
 
     column: str | None = None
     """The column of SOURCE's manifest or Parquet shards, as `label` takes it. Default: it is found."""
@@ -120,10 +124,13 @@ def verify(job: Verify) -> None:
         RunError: there are problems; they were printed.
     """
     store = LabelStore.open(job.sink)
-    source = None if job.source is None else Source(job.source, job.column)
     if job.recipe is not None:
         store.recipe(job.recipe)  # or there is none
     recipe_ids = _recipe_ids(store) if job.recipe is None else [job.recipe]
+    if job.source is not None:
+        for recipe_id in recipe_ids:
+            with contextlib.suppress(SinkError, KeyError):  # of which more is said below
+                _source(job, store.recipe(recipe_id))  # or nothing is there
     if not recipe_ids:
         raise SinkError(f"{job.sink}: the label store is empty; `segray label SOURCE {job.sink}` fills it")
 
@@ -136,7 +143,8 @@ def verify(job: Verify) -> None:
     with session() as ray, lock if job.repair else contextlib.nullcontext():
         for recipe_id in recipe_ids:
             try:
-                classes = Classes.from_dict(store.recipe(recipe_id)["classes"])
+                recipe = store.recipe(recipe_id)
+                classes = Classes.from_dict(recipe["classes"])
             except (SegrayError, KeyError) as error:
                 how = f"recipes/{recipe_id}.json does not tell the classes ({root_cause(error)})"
                 problems.add([f"{how}, and its parts are not checked; the next run of its model writes it again"])
@@ -148,9 +156,10 @@ def verify(job: Verify) -> None:
             for part in found:
                 problems.add_all(part.problems)
             parts += found
-            if source is not None:
+            if job.source is not None:
+                source = _source(job, recipe)
                 done = np.sort(np.concatenate([np.array([], "S32"), *(part.ids for part in found)]))
-                missing = _find_missing(ray, source, recipe_id, done, job.column)
+                missing = _find_missing(ray, source, recipe, done)
                 _show(missing.problems, "images that are missing")
                 problems.add([], missing.problems.count)
                 num_missing += missing.problems.count
@@ -171,7 +180,15 @@ def verify(job: Verify) -> None:
         checked["parts"] += len(part.paths)
         checked["rejects" if kind == "rejects" else "label maps"] += len(part.ids)
         checked["pixels"] += part.num_pixels
-    names = ("recipes", "runs", "parts", "label maps", "pixels", "rejects", *(["images of SOURCE"] if source else []))
+    names = (
+        "recipes",
+        "runs",
+        "parts",
+        "label maps",
+        "pixels",
+        "rejects",
+        *(["images of SOURCE"] if job.source else []),
+    )
     rows = [*((name, checked[name]) for name in names), ("problems", problems.count)]
     rows += [("files moved to quarantine", len(moved))] if job.repair else []
     print_table(["checked", ""], [[name, f"{count:,}"] for name, count in rows])
@@ -339,12 +356,30 @@ def _find_duplicates(parts: Sequence[_Part]) -> None:
         part.problems.add([f"{part.paths[0]}: {which}"])
 
 
-def _find_missing(ray: Any, source: Source, recipe_id: str, done: np.ndarray, column: str | None) -> _Missing:
-    """Finds the images of the source that are not done: loose ones from the listing alone, the others by tasks."""
+def _source(job: Verify, recipe: Mapping[str, Any]) -> Any:
+    """What SOURCE names, as `label` took it."""
+    assert job.source is not None
+    if "scenes" not in recipe:
+        return Source(job.source, job.column)
+    from segray.catalog import SceneSource
+
+    return SceneSource(job.source, job.column, bands=_scenes(recipe).calls, area=recipe["scenes"]["area"])
+
+
+def _find_missing(ray: Any, source: Any, recipe: Mapping[str, Any], done: np.ndarray) -> _Missing:
+    """Finds the images of the source that are not done: loose ones from the listing alone, the others by tasks.
+
+    Of scenes these are windows, which a look at each scene tells.
+    """
     missing = _Missing()
     done_ref = ray.put(done)
 
-    def tasks() -> Iterator[tuple[Any, ...]]:
+    def looks_at_scenes() -> Iterator[tuple[Any, ...]]:
+        for page in source.entries():
+            for row in range(0, page.num_rows, _SCENES_PER_TASK):
+                yield page.slice(row, _SCENES_PER_TASK), done_ref, recipe
+
+    def looks_at_images() -> Iterator[tuple[Any, ...]]:
         for page in source.entries():
             uris, versions = page["uri"].to_pylist(), page["version"].to_pylist()
             shards = np.array([is_shard(uri) for uri in uris])
@@ -354,17 +389,18 @@ def _find_missing(ray: Any, source: Source, recipe_id: str, done: np.ndarray, co
             missing.problems.add(uris[row] for row in np.flatnonzero(listed & ~known(ids, done)))
             unlisted = page.filter(pa.array(~shards & ~listed))  # those of a manifest
             for row in range(0, unlisted.num_rows, _ENTRIES_PER_TASK):
-                yield unlisted.slice(row, _ENTRIES_PER_TASK), done_ref, column
+                yield unlisted.slice(row, _ENTRIES_PER_TASK), done_ref, source.column
             for shard in np.flatnonzero(shards):
-                yield page.slice(shard, 1), done_ref, column
+                yield page.slice(shard, 1), done_ref, source.column
 
-    for some in _in_order(ray, _look, tasks(), "Looking for the images of SOURCE"):
+    look, tasks = (_look_at_scenes, looks_at_scenes()) if "scenes" in recipe else (_look, looks_at_images())
+    for some in _in_order(ray, look, tasks, "Looking for the images of SOURCE"):
         missing.num_seen += some.num_seen
         missing.problems.add_all(some.problems)
     if not missing.num_seen:
         raise SourceError(f"{source.uri} holds no images and no shards; give the SOURCE that was labelled")
     missing.problems.lines = [
-        f"{line}: neither labelled nor rejected (recipe {recipe_id})" for line in missing.problems.lines
+        f"{line}: neither labelled nor rejected (recipe {recipe['recipe']})" for line in missing.problems.lines
     ]
     return missing
 
@@ -377,6 +413,33 @@ def _look(entries: pa.Table, done: np.ndarray, column: str | None) -> _Missing:
         told = zip(table["uri"].to_pylist(), table["reason"].to_pylist(), strict=True)
         missing.problems.add(f"{uri} ({reason})" if reason else uri for uri, reason in told)
     return missing
+
+
+def _look_at_scenes(entries: pa.Table, done: np.ndarray, recipe: Mapping[str, Any]) -> _Missing:
+    """Cuts scenes as `label` would, which gives windows, or rejects, that are done or not."""
+    import shapely
+
+    from segray.catalog import scene_version
+    from segray.cut import Area, windows_of
+
+    missing = _Missing()
+    of_scenes, area = _scenes(recipe), recipe["scenes"]["area"]
+    wanted = None if area is None else Area(shapely.MultiPolygon(shapely.geometry.shape(area)))
+    preprocessing = Preprocessing.from_dict(recipe["preprocessing"])
+    for entry in entries.to_pylist():
+        version = entry["version"] or scene_version(entry["uri"], of_scenes.calls)
+        windows = windows_of(entry["uri"], version, of_scenes, wanted, preprocessing, entry["item"]).to_pylist()
+        missing.num_seen += len(windows)
+        for row in np.flatnonzero(~known(np.array([window["image_id"] for window in windows], "S32"), done)):
+            reason = windows[row]["reason"]
+            missing.problems.add([windows[row]["uri"] + (f" ({reason})" if reason else "")])
+    return missing
+
+
+def _scenes(recipe: Mapping[str, Any]) -> Scenes:
+    """How the scenes of a recipe were cut; its area stands in the recipe itself."""
+    told = {name: value for name, value in recipe["scenes"].items() if name != "area"}
+    return Scenes(**told | {"bands": tuple(told.get("bands", ()))})
 
 
 def _check_runs(store: LabelStore, recipe_id: str | None, problems: _Problems) -> int:

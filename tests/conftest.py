@@ -15,8 +15,22 @@ import numpy as np
 
 # Every array that crosses a function of these modules is checked against its annotation.
 _CHECKED = [
-    *("augment", "bandfile", "cog", "crf", "datasets", "decode", "demo", "labelmap", "learn", "loss", "onnxgraph"),
-    *("pairs", "polygons", "predict", "statistics", "stitch", "tile"),
+    *(
+        "augment",
+        "bandfile",
+        "cog",
+        "crf",
+        "cut",
+        "datasets",
+        "decode",
+        "demo",
+        "labelmap",
+        "learn",
+        "loss",
+        "onnxgraph",
+        "pairs",
+    ),
+    *("picture", "polygons", "predict", "scene", "statistics", "stitch", "tile"),
 ]
 jaxtyping.install_import_hook([f"segray.{module}" for module in _CHECKED], "beartype.beartype")
 
@@ -38,6 +52,15 @@ def camvid() -> Path:
     folder = _DATA / "camvid"
     if not folder.is_dir():
         pytest.skip(f"no CamVid at {folder}; SEGRAY_TEST_DATA names the folder that holds it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def landsat8() -> Path:
+    """One Landsat 8 scene: a file a band, at 30 m but for band 8 at 15 m."""
+    folder = _DATA / "landsat8-cloudy"
+    if not folder.is_dir():
+        pytest.skip(f"no Landsat scene at {folder}; SEGRAY_TEST_DATA names the folder that holds it")
     return folder
 
 

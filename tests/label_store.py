@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import pyarrow.parquet as pq
 
 from segray.classes import Classes
 from segray.labelmap import encode_png
+from segray.scene import describe
 from segray.sink import LABEL_MAPS, REJECTS, STATISTICS
 from segray.source import filesystem
+from segray.tile import cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +27,30 @@ class Image:
     label_map: np.ndarray
     confidence: float | Mapping[int, float | None] | None = 0.9
     image_id: str | None = None
+    place: Mapping[str, Any] = field(default_factory=dict)
+    """What `LABEL_MAPS` says of a window of a scene."""
+    pixel_area_m2: float | None = None
 
     def id(self) -> str:
         """The given id, or one made from the URI."""
         return self.image_id or hashlib.sha256(self.uri.encode()).hexdigest()[:32]
+
+
+def windows(raster: Path, label_map: np.ndarray, size: int, pixel_area_m2: float = 1.0) -> list[Image]:
+    """The windows of a raster, each with its part of the label map."""
+    scene = describe(f"file://{raster}", "")
+    images = []
+    for core in cores(scene.height, scene.width, size):
+        transform, bounds = scene.window_transform(core), scene.bounds(core)
+        place = {
+            **{"scene": scene.uri, "col_off": core.col_off, "row_off": core.row_off, "crs": scene.crs},
+            **{f"transform_{letter}": value for letter, value in zip("abcdef", transform, strict=True)},
+            **dict(zip(("west", "south", "east", "north"), bounds, strict=True)),
+        }
+        uri = f"{scene.uri}#{core.col_off},{core.row_off},{core.width},{core.height}"
+        part = label_map[core.rows, core.cols]
+        images.append(Image(uri=uri, label_map=part, place=place, pixel_area_m2=pixel_area_m2))
+    return images
 
 
 def write_store(
@@ -40,9 +62,13 @@ def write_store(
     run_id: str | None = "20261122T080301Z-1a2b3c4d",
     rejects: Sequence[tuple[str, str, str]] = (),
     per_part: int = 3,
+    scenes: Mapping[str, Any] | None = None,
     **run: Any,
 ) -> None:
-    """Writes label maps, statistics, rejects (uri, stage, reason), the recipe, and unless None the run."""
+    """Writes label maps, statistics, rejects (uri, stage, reason), the recipe, and unless None the run.
+
+    With `scenes` the recipe is one of those, cut like that.
+    """
     for start in range(0, len(images), per_part):
         part = images[start : start + per_part]
         name = f"recipe={recipe}/part-{run_id}-{start:06d}.parquet"
@@ -59,6 +85,7 @@ def write_store(
                     "width": image.label_map.shape[1],
                     "label_map": encode_png(image.label_map, classes.palette),
                     "run_id": run_id or "",
+                    **image.place,
                 }
                 for image in part
             ],
@@ -79,6 +106,7 @@ def write_store(
             "tiling": {"size": 1024, "overlap": 128},
             "dtype": "float32",
             "segray": "0.1.0",
+            **({} if scenes is None else {"scenes": scenes}),
         },
     )
     if run_id is not None:
@@ -100,7 +128,7 @@ def write_store(
 
 
 def _statistics(image: Image, classes: Classes) -> list[dict[str, Any]]:
-    ids, counts = np.unique(image.label_map, return_counts=True)
+    ids, counts = np.unique(image.label_map[image.label_map < len(classes)], return_counts=True)
     confidence = image.confidence
     return [
         {
@@ -109,9 +137,10 @@ def _statistics(image: Image, classes: Classes) -> list[dict[str, Any]]:
             "class_id": class_id,
             "class_name": classes.names[class_id],
             "num_pixels": count,
-            "fraction": count / image.label_map.size,
+            "fraction": count / counts.sum(),
             "mean_confidence": confidence.get(class_id) if isinstance(confidence, Mapping) else confidence,
             "run_id": "",
+            "area_m2": None if image.pixel_area_m2 is None else count * image.pixel_area_m2,
         }
         for class_id, count in zip(ids.tolist(), counts.tolist(), strict=True)
     ]

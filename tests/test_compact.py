@@ -6,13 +6,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from segray.compact import Compact, compact
 from segray.errors import Locked, RunError, SettingsError, SinkError
 from segray.lock import hold
-from segray.sink import Sink
+from segray.sink import LABEL_MAPS, OPTIONAL, STATISTICS, Sink
 from tests.test_sink import CLASSES, rows
 
 TABLES = ("label_maps", "statistics", "rejects")
@@ -53,6 +54,39 @@ def test_small_parts_become_one_and_its_rows_are_the_same(store: Path, capsys: p
     files = {path: path.stat().st_mtime_ns for table in TABLES for path in (store / table).rglob("*.parquet")}
     compact(Compact(sink=str(store)))
     assert {path: path.stat().st_mtime_ns for path in files} == files, "one part is not merged with itself"
+
+
+def test_what_an_earlier_version_wrote_is_merged_with_windows_of_scenes(tmp_path: Path) -> None:
+    sink = Sink(str(tmp_path), "r1")
+    sink.write_json("recipes/r1.json", {"classes": CLASSES.to_dict()})
+    [*_] = sink.write(rows("old-a", "old-b"), CLASSES, "old")
+    told: dict[str, dict[str, Any]] = {
+        "label_maps": {"scene": "s.tif", "col_off": 64, "transform_a": 10.0},
+        "statistics": {"area_m2": 1.5},
+    }
+    for table in told:
+        [part] = (tmp_path / table / "recipe=r1").iterdir()
+        earlier = pq.read_table(part, partitioning=None)
+        pq.write_table(earlier.drop_columns([*OPTIONAL & set(earlier.column_names)]), part)
+    [*_] = sink.write(rows("new"), CLASSES, "new")
+    for table, columns in told.items():
+        [part] = [
+            path
+            for path in (tmp_path / table / "recipe=r1").iterdir()
+            if "new" in pq.read_table(path, partitioning=None)["uri"].to_pylist()
+        ]
+        new = pq.read_table(part, partitioning=None)
+        pq.write_table(pa.Table.from_pylist([row | columns for row in new.to_pylist()], new.schema), part)
+    [*_] = sink.write(rows("old-a"), CLASSES, "twice")  # which is dropped, and so a part of the old ones rewritten
+    compact(Compact(sink=str(tmp_path)))
+    for table, columns in told.items():
+        [part] = (tmp_path / table / "recipe=r1").iterdir()
+        merged = pq.read_table(part, partitioning=None).to_pylist()
+        assert {row["uri"] for row in merged} == {"old-a", "old-b", "new"}
+        for row in merged:
+            assert [row[name] for name in columns] == [
+                value if row["uri"] == "new" else None for value in columns.values()
+            ]
 
 
 def test_parts_stay_within_their_bounds(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,3 +155,35 @@ def test_what_is_not_there_is_refused(store: Path, tmp_path: Path) -> None:
         compact(dataclasses.replace(job, sink=str(tmp_path / "nowhere")))
     with pytest.raises(SettingsError, match="--wait -1"):
         dataclasses.replace(job, wait=-1)
+
+
+def test_what_tells_of_scenes_is_kept_beside_parts_of_an_earlier_version(tmp_path: Path) -> None:
+    sink = Sink(str(tmp_path), "r1")
+    sink.write_json("recipes/r1.json", {"classes": CLASSES.to_dict()})
+    for night in range(3):
+        place = {"scene": f"s{night}.tif", "col_off": night, "row_off": 7, "crs": "EPSG:32633"}
+        place |= {f"transform_{letter}": float(night) for letter in "abcdef"}
+        place |= dict.fromkeys(("west", "south", "east", "north"), night / 3)
+        table = rows(f"s{night}.tif#{night},7,3,2")
+        for name, value in place.items():
+            table = table.append_column(LABEL_MAPS.field(name), pa.array([value], LABEL_MAPS.field(name).type))
+        [*_] = sink.write(table.append_column("area_sum", pa.array([[4.5, 0.0, 2.5]])), CLASSES, f"night-{night}")
+    [*_] = sink.write(rows("a"), CLASSES, "night-3")
+    for table in ("label_maps", "statistics"):  # as an earlier version wrote it
+        [path] = [
+            path for path in (tmp_path / table).rglob("*.parquet") if "a" in pq.read_table(path)["uri"].to_pylist()
+        ]
+        old = pq.read_table(path, partitioning=None)
+        pq.write_table(old.drop_columns([name for name in old.column_names if name in OPTIONAL]), path)
+
+    def everything(table: str) -> pa.Table:
+        schema = LABEL_MAPS if table == "label_maps" else STATISTICS
+        found = pads.dataset(tmp_path / table, schema=schema, format="parquet").to_table()
+        return found.sort_by([(column, "ascending") for column in ("uri", "class_id")[: 1 + (table == "statistics")]])
+
+    before = {table: everything(table) for table in ("label_maps", "statistics")}
+    compact(Compact(sink=str(tmp_path)))
+    assert parts(tmp_path) == {"label_maps": 1, "statistics": 1, "rejects": 0}
+    assert {table: everything(table) for table in before} == before
+    assert before["label_maps"]["scene"].to_pylist() == [None, "s0.tif", "s1.tif", "s2.tif"]
+    assert before["statistics"]["area_m2"].to_pylist() == [None, None, *[4.5, 2.5] * 3]

@@ -6,14 +6,25 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
+import rasterio
+from rio_cogeo.cogeo import cog_validate
 
 from segray.classes import Classes
 from segray.decode import decode
-from segray.demo import CLASSES, Draw, draw, encoded, scene
+from segray.demo import CLASSES, Draw, draw, encoded, mosaic, scene
 from segray.errors import SettingsError, SinkError
+from segray.evaluate import Evaluate, evaluate
+from segray.export import Export, export
+from segray.label import Label, label
 from segray.labelmap import decode_png
+from segray.report import Report, report
+from segray.scene import describe, read
+from segray.tile import Scenes, Window
+from segray.verify import Verify, verify
 
 SEEDS = range(40, 52)
 
@@ -139,6 +150,71 @@ def test_a_sink_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         draw(Draw(sink=str(tmp_path / "file"), num_scenes=1))
 
 
-def test_drawing_needs_neither_torch_nor_ray() -> None:
-    code = "import sys, segray.demo; sys.exit(any(name in sys.modules for name in ('torch', 'ray')))"
+def test_drawing_needs_neither_torch_nor_ray_nor_gdal() -> None:
+    code = "import sys, segray.demo; sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'rasterio')))"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_mosaic_holds_scenes_side_by_side_within_a_slanted_swath() -> None:
+    image, target, is_seen = mosaic(range(40, 43))
+    assert image.shape == (2 * 288, 2 * 320, 4)
+    first, first_target = scene(40)
+    last, last_target = scene(42)
+    np.testing.assert_array_equal(image[:288, :320, :3], first[:288, :320])
+    np.testing.assert_array_equal(target[:288, :320], first_target[:288, :320])
+    np.testing.assert_array_equal(image[288:, :320, :3], last[:288, :320])
+    np.testing.assert_array_equal(target[288:, :320], last_target[:288, :320])
+    assert not is_seen[288:, 320:].any(), "there is no fourth"
+    begins = is_seen[:288].argmax(axis=1)
+    assert (begins[0], begins[-1]) == (144, 73), "the swath's left edge"
+    assert is_seen[0, -1]
+    assert not is_seen[4:288, -1].any(), "its right edge"
+    is_plant = np.isin(target, (1, 2))
+    assert np.median(image[is_plant, 3]) > np.median(image[~is_plant & is_seen, 3]) + 50
+
+
+def test_a_raster_holds_a_mosaic_as_an_instrument_delivers_it(tmp_path: Path) -> None:
+    draw(Draw(sink=str(tmp_path), num_scenes=2, first_seed=40, format="raster"))
+    image, target, is_seen = mosaic(range(40, 42))
+    fields, targets = tmp_path / "rasters/fields.tif", tmp_path / "targets/fields.tif"
+    for path in (fields, targets):
+        assert cog_validate(path)[0]
+    scene_ = describe(str(fields), "1")
+    assert [band.name for band in scene_.bands] == ["red", "green", "blue", "nir"]
+    assert scene_.crs == "EPSG:32633"
+    values, valid = read(scene_, Window(0, 0, scene_.width, scene_.height))
+    np.testing.assert_array_equal(valid, is_seen)
+    np.testing.assert_array_equal(values.transpose(1, 2, 0)[valid], image[is_seen])
+    with rasterio.open(targets) as raster:
+        assert (raster.crs.to_string(), raster.transform[:6]) == (scene_.crs, scene_.transform)
+        np.testing.assert_array_equal(raster.read(1), np.where(is_seen, target, 255))
+        assert raster.nodata == 255
+        assert [raster.colormap(1)[index][:3] for index in range(4)] == list(CLASSES.palette)
+
+
+def test_the_raster_is_labelled_exported_evaluated_and_shown(tmp_path: Path, ray_cluster: None) -> None:
+    draw(Draw(sink=str(tmp_path), num_scenes=4, first_seed=2_000_000, format="raster"))
+    rasters, labels = str(tmp_path / "rasters"), str(tmp_path / "labels")
+    label(Label(source=rasters, sink=labels, model="segray/demo.safetensors", scenes=Scenes(size=256, halo=64)))
+    verify(Verify(sink=labels, source=rasters))
+    result = evaluate(Evaluate(sink=labels, targets=str(tmp_path / "targets"))).to_dict()
+    assert (result["num_images"], result["images_without_target"]["count"]) == (9, 0)
+    assert result["miou"] > 0.65
+    assert result["pixel_accuracy"] > 0.88
+
+    _, target, is_seen = mosaic(range(2_000_000, 2_000_004))
+    assert result["num_pixels"] == is_seen.sum()
+    areas = pads.dataset(tmp_path / "labels/statistics", partitioning="hive").to_table()["area_m2"]
+    # In the middle of its zone UTM draws a metre 0.4 ‰ too short.
+    assert pc.sum(areas).as_py() == pytest.approx(is_seen.sum() * 0.25 / 0.9996**2, rel=1e-4)
+
+    export(Export(sink=labels, dest=str(tmp_path / "maps"), processes=1))
+    [exported] = (tmp_path / "maps").rglob("*.tif")
+    with rasterio.open(exported) as raster, rasterio.open(tmp_path / "rasters/fields.tif") as fields:
+        label_map = raster.read(1)
+        assert raster.bounds == fields.bounds
+    np.testing.assert_array_equal(label_map == 255, ~is_seen)
+    assert (label_map == target)[is_seen].mean() == result["pixel_accuracy"]
+
+    page = Path(report(Report(sink=labels))).read_text()
+    assert page.count('"photo":"data:image/jpeg') == 8, "there are no data in the last window"

@@ -1,6 +1,8 @@
+import dataclasses
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from segray.classes import Classes
 from segray.errors import RunError, SettingsError, SinkError, SourceError
 from segray.evaluate import Evaluate, evaluate
-from tests.label_store import Image, write_store
+from tests.label_store import Image, windows, write_store
+from tests.rasters import TRANSFORM, write_raster
 
 CLASSES = Classes(("soil", "crop", "weed", "track"))
 SHAPE = (24, 32)
@@ -246,3 +249,101 @@ def test_names_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     assert "[red]soil" in printed
     assert ":smile:" in printed
+
+
+@pytest.fixture
+def labelled_scene(tmp_path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A scene of 40×50 pixels in windows of 32, without data on the left: its target, with nodata, and label map."""
+    rng = np.random.default_rng(0)
+    target = rng.integers(0, 4, (40, 50)).astype(np.uint8)
+    label_map = np.where(rng.random(target.shape) < 0.7, target, 0).astype(np.uint8)
+    label_map[:, :5] = 255
+    target[:3] = 99
+    raster = write_raster(tmp_path / "scenes/field.tif", np.ones((3, 40, 50), np.uint8))
+    write_store(tmp_path / "sink", windows(raster, label_map, 32), CLASSES, scenes={"size": 32})
+    return target, label_map
+
+
+def test_each_window_of_a_scene_is_compared_with_its_part_of_the_target(
+    tmp_path: Path, labelled_scene: tuple[np.ndarray, np.ndarray], capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, label_map = labelled_scene
+    write_raster(tmp_path / "targets/sub/field.tif", target[None], nodata=99)
+    write_raster(tmp_path / "targets/other.tif", target[None], nodata=99)
+    evaluation = evaluate(job(tmp_path))
+    counted = target[3:, 5:], label_map[3:, 5:]
+    matrix = np.zeros((4, 4), np.int64)
+    np.add.at(matrix, counted, 1)
+    np.testing.assert_array_equal(evaluation.confusion_matrix.counts, matrix)
+    assert evaluation.num_images == 4
+    assert evaluation.targets_without_image.count == 1
+    assert "on 4 windows" in capsys.readouterr().out
+
+
+def test_void_in_the_target_of_a_scene_is_nodata_and_the_ignore_index(
+    tmp_path: Path, labelled_scene: tuple[np.ndarray, np.ndarray]
+) -> None:
+    target, _ = labelled_scene
+    write_raster(tmp_path / "targets/field.tif", target[None])
+    with pytest.raises(RunError, match=r"field\.tif: the target holds the ids \[99\].* --ignore-index"):
+        evaluate(job(tmp_path))
+    assert evaluate(job(tmp_path, ignore_index=99)).to_dict()["num_pixels"] == 37 * 45
+    write_raster(tmp_path / "targets/field.tif", target[None].astype(np.float32) / 2, nodata=49.5)
+    with pytest.raises(RunError, match=r"field\.tif: the target holds \d\.5, which is no class id"):
+        evaluate(job(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("shape", "form", "wrong"),
+    [
+        ((40, 50), {"crs": "EPSG:32634"}, "EPSG:32634 and EPSG:32633"),
+        ((40, 50), {"transform": TRANSFORM @ TRANSFORM.translation(0.1, 0)}, r"its transform at column 0 and row 0 is"),
+        ((40, 50), {"transform": TRANSFORM @ TRANSFORM.scale(1.001)}, r"its transform at column 0 and row 0 is"),
+        ((40, 51), {}, "51 columns and 50"),
+        ((39, 50), {}, "39 rows and 40"),
+        ((30, 50), {}, "30 rows and at least 32"),
+    ],
+)
+def test_a_target_on_another_grid_is_an_error_that_names_both(
+    shape: tuple[int, int],
+    form: dict[str, Any],
+    wrong: str,
+    tmp_path: Path,
+    labelled_scene: tuple[np.ndarray, np.ndarray],
+) -> None:
+    write_raster(tmp_path / "targets/field.tif", np.zeros((1, *shape), np.uint8), **form)
+    both = r"targets/field\.tif: the target is on another grid than the scene file://.*/scenes/field\.tif: "
+    with pytest.raises(RunError, match=both + wrong):
+        evaluate(job(tmp_path))
+
+
+def test_a_target_that_is_no_raster_of_ids_is_named(
+    tmp_path: Path, labelled_scene: tuple[np.ndarray, np.ndarray]
+) -> None:
+    (tmp_path / "targets").mkdir()
+    with pytest.raises(SourceError, match=r"there is no GeoTIFF \(\*\.tif\); give a folder or prefix of GeoTIFFs"):
+        evaluate(job(tmp_path))
+    write_raster(tmp_path / "targets/field.tif", np.zeros((3, 40, 50), np.uint8))
+    with pytest.raises(RunError, match=r"field\.tif: the target has 3 bands; one with the class ids is wanted"):
+        evaluate(job(tmp_path))
+    (tmp_path / "targets/field.tif").write_bytes(b"no raster")
+    with pytest.raises(RunError, match=r"field\.tif: the target cannot be read: not a raster"):
+        evaluate(job(tmp_path))
+    (tmp_path / "targets/field.tif").rename(tmp_path / "targets/other.tif")
+    with pytest.raises(
+        SourceError, match=r"none of 1 targets has the name of one of the 1 images.* images file://.*tif$"
+    ):
+        evaluate(job(tmp_path))
+
+
+def test_of_a_scene_that_was_labelled_again_its_newest_version_counts(tmp_path: Path) -> None:
+    for run_id, height, class_id in (("2026a", 40, 1), ("2026b", 33, 2)):
+        raster = write_raster(tmp_path / "scenes/field.tif", np.ones((1, height, 50), np.uint8))
+        images = [
+            dataclasses.replace(image, place={**image.place, "version": run_id}, image_id=f"{run_id}-{index}")
+            for index, image in enumerate(windows(raster, np.full((height, 50), class_id, np.uint8), 32))
+        ]
+        write_store(tmp_path / "sink", images, CLASSES, scenes={"size": 32}, run_id=run_id)
+    write_raster(tmp_path / "targets/field.tif", np.full((1, 33, 50), 2, np.uint8))
+    result = evaluate(job(tmp_path)).to_dict()
+    assert (result["num_images"], result["num_pixels"], result["pixel_accuracy"]) == (4, 33 * 50, 1.0)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,6 @@ from segray.classes import Classes
 from segray.errors import Refused, RunError, SegrayError, SinkError
 from segray.export import Export, export
 from segray.labelmap import encode_png
-from segray.polygons import pixel_areas
 from segray.sink import LABEL_MAPS, REJECTS, STATISTICS, part_name
 from segray.source import filesystem, image_id
 from segray.tile import Window
@@ -303,21 +301,6 @@ def test_areas_and_nodata_add_up_to_the_footprint(grid: str, tmp_path: Path) -> 
     assert [fields["num_pixels"] for fields in told] == [int(np.sum(drawn.label_map == i)) for i in range(3)]
 
 
-def test_areas_of_turned_grids_are_those_of_straight_ones() -> None:
-    """A turn by a right angle has rows where there were columns."""
-    straight = pixel_areas("EPSG:4326", (0.01, 0.0, 5.0, 0.0, -0.01, 60.0), Window(0, 0, 30, 40))
-    turned = pixel_areas("EPSG:4326", (0.0, 0.01, 5.0, -0.01, 0.0, 60.0), Window(0, 0, 40, 30))
-    assert turned == pytest.approx(np.broadcast_to(straight.T, (30, 40)), rel=1e-7)
-
-
-@pytest.mark.parametrize(
-    ("crs", "area_m2"), [("EPSG:32616", 6.0), ("EPSG:2225", 6.0 * (1200 / 3937) ** 2), (None, math.nan)]
-)
-def test_areas_on_a_map_are_in_square_metres_whatever_its_unit(crs: str | None, area_m2: float) -> None:
-    areas = pixel_areas(crs, (2.0, 0.0, 5e5, 0.0, -3.0, 4e6), Window(7, 8, 2, 3))
-    assert areas == pytest.approx(np.full((1, 1), area_m2), rel=1e-12, nan_ok=True)
-
-
 def test_simplified_polygons_neither_overlap_nor_leave_gaps(tmp_path: Path) -> None:
     rows, cols = np.indices((150, 233))
     label_map = (np.hypot(rows - 70, cols - 90) < 55).astype(np.uint8)
@@ -571,6 +554,16 @@ def test_a_footprint_is_cut_at_the_antimeridian(tmp_path: Path) -> None:
     assert -180 < east < -178 < 178 < west < 180
     assert 8 < south < north < 10
     assert shapely.geometry.shape(item["geometry"]).bounds[::2] == (-180, 180)
+
+
+def test_a_footprint_with_a_pole_in_it_reaches_around(tmp_path: Path) -> None:
+    grid = ("EPSG:3031", (1000.0, 0.0, -50_000.0, 0.0, -1000.0, 50_000.0))
+    write_store(str(tmp_path / "labels"), [Drawn(uri="a.tif", label_map=blobs(100, 100), grid=grid)])
+    export(Export(sink=str(tmp_path / "labels"), dest=str(tmp_path / "maps")))
+    item = item_of(tmp_path / "maps")
+    validate(item)
+    assert item["geometry"]["type"] == "Polygon"
+    assert item["bbox"] == pytest.approx([-180, -90, 180, -89.35], abs=0.05)
 
 
 def test_a_scene_without_crs_has_pixels_and_no_place(tmp_path: Path) -> None:

@@ -27,7 +27,17 @@ OPTIONS = {
     "label": [
         *("source", "sink", "retry_rejects", "max_images", "deadline", "wait", "dry_run", "sample", "hourly_cost"),
         *("model", "weights", "classes", "column", "max_pixels", "max_rejects"),
-        *("tiling.size", "tiling.overlap", "tiling.blend", "crf", "device", "dtype", "batch_size", "actors", "threads"),
+        *("tiling.size", "tiling.overlap", "tiling.blend"),
+        *(
+            "scenes.size",
+            "scenes.halo",
+            "scenes.area",
+            "scenes.bands",
+            "scenes.scale",
+            "scenes.offset",
+            "scenes.nodata",
+        ),
+        *("crf", "device", "dtype", "batch_size", "actors", "threads"),
     ],
     "report": ["sink", "html", "recipe", "run", "num_images", "seed", "image_id", "export"],
     "evaluate": ["sink", "targets", "recipe", "ignore_index", "json"],

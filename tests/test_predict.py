@@ -834,6 +834,29 @@ def test_rasters_of_several_shapes_come_back_in_their_order() -> None:
     assert_same(only(made.predict_windows(rasters)), alone)
 
 
+@pytest.mark.parametrize("size", [1024, 48])
+def test_what_is_not_wanted_is_seen_and_not_labelled(size: int) -> None:
+    values, valid = scene(60, 90), data_mask(60, 90)
+    core = Window(10, 5, 70, 50)
+    wanted = np.arange(50)[:, None] < np.arange(70) - 5
+    predictor = with_module(Strided(1), FOUR_BANDS, tiling=Tiling(size=size, overlap=16))
+    (of_all,) = only(predictor.predict_windows([Raster(values=values, valid=valid, core=core)]))
+    (given_,) = only(predictor.predict_windows([Raster(values=values, valid=valid, core=core, wanted=wanted)]))
+    expected = np.where(wanted, of_all.label_map, 255)
+    np.testing.assert_array_equal(given_.label_map, expected)
+    num_pixels = np.bincount(expected[expected != 255], minlength=len(given_.num_pixels))
+    np.testing.assert_array_equal(given_.num_pixels, num_pixels)
+    assert 0 < num_pixels.sum() < of_all.num_pixels.sum()
+
+
+def test_a_window_of_which_nothing_is_wanted_is_not_fed() -> None:
+    raster = Raster(
+        values=scene(20, 30), valid=np.ones((20, 30), bool), core=Window(2, 2, 9, 8), wanted=np.zeros((8, 9), bool)
+    )
+    (prediction,) = only(with_module(Exhausted(0)).predict_windows([raster]))  # it would fail
+    assert (prediction.label_map == 255).all() and prediction.num_pixels.sum() == 0
+
+
 def test_what_does_not_go_with_windows_is_refused() -> None:
     raster = whole(np.zeros((3, 8, 8), np.float32))
     with pytest.raises(SettingsError, match="neither resized nor refined"):
@@ -860,6 +883,7 @@ def table_of(rasters: Sequence[Raster | None]) -> pa.Table:
             "image_id": pa.array([str(index) for index in range(len(rasters))], pa.string()),
             "values": column(lambda r: r.values.tobytes(), pa.large_binary()),
             "valid": column(lambda r: r.valid.tobytes(), pa.large_binary()),
+            "wanted": column(lambda r: np.ones((r.core.height, r.core.width), bool).tobytes(), pa.large_binary()),
             "height": column(lambda r: r.valid.shape[0], pa.int32()),
             "width": column(lambda r: r.valid.shape[1], pa.int32()),
             **{

@@ -3,6 +3,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +19,8 @@ from segray.classes import Classes
 from segray.errors import RunError, SettingsError, SinkError
 from segray.labelmap import decode_png
 from segray.report import Report, report
-from tests.label_store import Image, write_store
+from tests.label_store import Image, windows, write_store
+from tests.rasters import write_raster
 
 CLASSES = Classes(("soil", "crop", "weed", "track"), ((120, 90, 60), (40, 160, 60), (220, 60, 160), (90, 90, 200)))
 HEIGHT, WIDTH = 60, 80
@@ -478,3 +481,57 @@ def test_embedded_images_are_what_was_labelled(tmp_path: Path) -> None:
         np.testing.assert_array_equal(
             np.asarray(opened.convert("RGB")), np.asarray(CLASSES.palette, np.uint8)[label_map]
         )
+
+
+@pytest.fixture
+def scene_sink(tmp_path: Path) -> Path:
+    """A scene of 40×50 pixels in windows of 32, of which the last twenty columns hold no data."""
+    samples = np.random.default_rng(0).integers(1000, 3000, (3, 40, 50)).astype(np.uint16)
+    samples[:, :, 30:] = 0
+    raster = write_raster(tmp_path / "scenes/field.tif", samples, ("red", "green", "blue"), nodata=0)
+    label_map = np.repeat(np.array([0, 1, 255], np.uint8), [10, 20, 20])[None].repeat(40, 0)
+    images = windows(raster, label_map, 32, pixel_area_m2=900.0)
+    write_store(tmp_path / "labels", images, CLASSES, scenes={"size": 32})
+    return tmp_path / "labels"
+
+
+def test_windows_of_scenes_are_shown_themselves(scene_sink: Path) -> None:
+    page = page_data(report(Report(sink=str(scene_sink))))
+    shown = {image["name"]: image for group in page["galleries"] for image in group["images"]}
+    assert sorted(shown) == ["field at 0, 0", "field at 0, 32"]
+    window = shown["field at 0, 0"]
+    assert window["missing"] is None
+    photo = np.asarray(PillowImage.open(io.BytesIO(base64.b64decode(window["photo"].partition(",")[2]))))
+    assert photo.shape == (32, 32, 3)
+    assert photo[:, :29].mean() > 100
+    assert photo[:, 31].max() < 60, "no data is black"
+    west, south, east, north = window["bounds"]
+    assert 14.9 < west < east < 15.1
+    assert 48.7 < south < north < 48.8
+    assert [(c["name"], c["fraction"]) for c in window["classes"]] == [("crop", 2 / 3), ("soil", 1 / 3)]
+
+
+def test_areas_of_classes_are_in_hectares_and_images_have_none(scene_sink: Path, sink: Path) -> None:
+    classes = page_data(report(Report(sink=str(scene_sink))))["classes"]
+    assert [c["hectares"] for c in classes[:3]] == pytest.approx([400 * 0.09, 800 * 0.09, 0])
+    assert {c["hectares"] for c in page_data(report(Report(sink=str(sink))))["classes"] if c["num_pixels"]} == {None}
+
+
+def test_a_window_whose_scene_has_changed_is_shown_as_its_label_map(scene_sink: Path) -> None:
+    raster = scene_sink.parent / "scenes/field.tif"
+    write_raster(raster, np.ones((3, 20, 20), np.uint8), ("red", "green", "blue"))
+    page = page_data(report(Report(sink=str(scene_sink), num_images=1)))
+    [image] = page["galleries"][0]["images"]
+    assert (image["photo"], image["missing"]) == (
+        None,
+        "changed: the scene has another grid now than when it was labelled",
+    )
+
+
+def test_a_report_of_images_does_not_import_rasterio(sink: Path) -> None:
+    code = (
+        "import sys; from segray.report import Report, report\n"
+        f"report(Report(sink={str(sink)!r}))\n"
+        "sys.exit('rasterio' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -3,7 +3,8 @@ import math
 import pickle
 import re
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,18 @@ def test_a_mask_says_what_is_valid(where: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(values, samples * mask)
 
 
+def test_a_fourth_band_with_a_name_of_its_own_is_no_alpha(tmp_path: Path) -> None:
+    samples = numbers(4, 5, 6, dtype="uint8")
+    samples[3, :2] = 0
+    for names, expected in ((("red", "green", "blue", "nir"), 4), (("red", "green", "blue", "Alpha band"), 3)):
+        path = draw(tmp_path / f"{expected}.tif", samples, descriptions=names)
+        with rasterio.open(path) as file:
+            assert file.colorinterp[3] == ColorInterp.alpha, "as GDAL takes it"
+        values, valid = read_all(path)
+        assert len(values) == expected
+        assert valid[:2].all() == (expected == 4)
+
+
 def test_scale_and_offset_make_values_of_samples(tmp_path: Path) -> None:
     samples = numbers(2, 8, 9)
     samples[0, 0, 0] = 0
@@ -293,6 +306,7 @@ NOWHERE: dict[str, tuple[dict[str, Any], str]] = {
     "no geotransform": ({"transform": None}, "no geotransform; .* -a_ullr"),
     "RPCs alone": ({"crs": None, "transform": None, "rpcs": RPCS}, "RPCs alone; .* gdalwarp -rpc"),
     "points that bend": ({"transform": None, "gcps": control_points(0.2)}, "9 ground control points .* gdalwarp -tps"),
+    "points in a line": ({"transform": None, "gcps": control_points()[:3]}, "its 3 ground control points do not span"),
     "no size": ({"transform": Affine(10, 0, 5e5, 0, 0, 4e6)}, "a pixel has no size"),
     "metres for degrees": ({"crs": "EPSG:4326"}, "outside its CRS"),
     "beyond its CRS": ({"transform": Affine(10, 0, 1e9, 0, -10, 1e9)}, "outside its CRS"),
@@ -461,7 +475,7 @@ def test_a_slope_stays_a_slope_on_another_grid(
     expected = 1e4 + 3 * (col - dx) - 2 * (row + dy)
     inner = (slice(10, 60), slice(10, 65))  # at its border a band is carried on level
     # Where a pixel of 10 m cuts finer ones, those count as level inside.
-    tolerance = 0.01 if size >= 10 or 10 % size == 0 else size
+    tolerance = 0.1 if size >= 10 or 10 % size == 0 else size
     np.testing.assert_allclose(values[1][inner], expected[inner], rtol=0, atol=tolerance)
     assert valid[inner].all()
 
@@ -475,7 +489,7 @@ def test_other_resolutions_are_what_gdal_makes_of_them(size: float, tmp_path: Pa
         with WarpedVRT(file, crs=UTM, transform=NORTH_UP, width=75, height=70, resampling=how) as warped:
             expected = warped.read(1)
     values, _ = read(scene, whole(scene))
-    np.testing.assert_allclose(values[1], expected, rtol=1e-4)
+    np.testing.assert_allclose(values[1], expected, rtol=0, atol=0.03)  # samples differ by up to 99
 
 
 def test_half_of_a_pixel_decides_whether_it_is_valid(tmp_path: Path) -> None:
@@ -682,6 +696,29 @@ def test_a_damaged_file_is_a_reject(tmp_path: Path) -> None:
     assert rejected(lambda: read_all(str(path))).kind == "corrupt"
 
 
+# The log of rasterio stumbles over words of GDAL that are no UTF-8.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("name", ["deflate.tif", "tiled.tif", "cog.tif", "lossless.jp2"])
+def test_a_damaged_header_is_a_reject_or_does_no_harm(name: str, tmp_path: Path) -> None:
+    path = Path(draw(tmp_path / name, numbers(3, 90, 70), **FORMATS[name]))
+    data = path.read_bytes()
+    kinds: Counter[str] = Counter()
+    for seed in range(60):
+        random = np.random.default_rng(seed)
+        damaged = bytearray(data)
+        for place in random.integers(8, 900, 3):
+            damaged[place] = random.integers(256)
+        path.write_bytes(damaged)
+        try:
+            scene = describe(str(path), str(seed))
+            window = Window(0, 0, min(64, scene.width), min(64, scene.height))
+            values, _ = read(scene, window)
+            assert np.isfinite(values).all() and np.isfinite(scene.pixel_areas(window)).all()
+        except Reject as reject:
+            kinds[reject.kind] += 1
+    assert {"no place", "corrupt"} & set(kinds) and kinds.total() < 60
+
+
 def test_a_file_that_is_no_raster_or_not_there_is_a_reject(tmp_path: Path) -> None:
     (tmp_path / "a.tif").write_text("a text")
     assert rejected(lambda: describe(str(tmp_path / "a.tif"), "1")).kind == "not a raster"
@@ -752,24 +789,36 @@ def bucket(s3: Server, request: pytest.FixtureRequest) -> str:
     return f"s3://{BUCKET}/scenes/{abs(hash(request.node.name))}"
 
 
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Points GDAL and s3fs, which remembers, at another server."""
+
+    def change(url: str) -> None:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        s3fs.S3FileSystem.clear_instance_cache()
+
+    yield change
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
 def put(path: str | Path, uri: str) -> str:
     s3fs.S3FileSystem(use_listings_cache=False).put(str(path), uri)
     return uri
 
 
 def test_a_window_from_s3_takes_few_requests_and_no_listing(
-    s3: Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: Server, bucket: str, tmp_path: Path, endpoint: Callable[[str], None]
 ) -> None:
-    samples = numbers(4, 2048, 2048, dtype="uint16")
-    path = draw(tmp_path / "a.tif", samples, driver="COG", blocksize=256, compress="deflate", interleave="pixel")
+    samples = numbers(4, 1024, 1024)
+    path = draw(tmp_path / "a.tif", samples, driver="COG", blocksize=128, compress="deflate", interleave="pixel")
     uri = put(path, f"{bucket}/a.tif")
     with proxy(s3.host, s3.port, tmp_path) as between:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", between.url)
+        endpoint(between.url)
         scene = describe(uri, "1")
         looked = between.requests()
-        assert len(looked) <= 4, looked  # the header, and whether there is a mask
+        assert len(looked) <= 3, looked  # the header, and whether there is a mask
         counts = []
-        for window in (Window(300, 300, 600, 600), Window(900, 300, 600, 600)):
+        for window in (Window(100, 150, 300, 300), Window(600, 150, 300, 300)):
             values, _ = read(scene, window)
             np.testing.assert_array_equal(values, samples[:, window.rows, window.cols])
             counts.append(between.requests())
@@ -798,9 +847,9 @@ def test_an_item_on_s3_names_its_neighbours(bucket: str, tmp_path: Path) -> None
 
 
 def test_faults_of_a_store_are_told_from_faults_of_a_file(
-    s3: Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: Callable[[str], None]
 ) -> None:
-    monkeypatch.setattr(gdal, "PAUSES_SECONDS", (0.1,) * 4)
+    monkeypatch.setattr(gdal, "PAUSES_SECONDS", (0.1, 0.1))
     monkeypatch.setenv("GDAL_HTTP_MAX_RETRY", "0")
     path = Path(draw(tmp_path / "a.tif", numbers(4, 600, 600)))
     uri = put(path, f"{bucket}/a.tif")
@@ -812,12 +861,12 @@ def test_faults_of_a_store_are_told_from_faults_of_a_file(
     assert (reject.stage, reject.kind) == ("decode", "truncated")
     assert rejected(lambda: describe(f"{bucket}/gone.tif", "1")).reason.startswith("missing")
     with proxy(s3.host, s3.port, tmp_path) as between:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", between.url)
+        endpoint(between.url)
         away = describe(uri, "2")
     for make in (lambda: read(away, whole(away)), lambda: describe(uri, "3")):
         with pytest.raises(RunError, match="in vain"):
             make()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.environment["AWS_ENDPOINT_URL"])
+    endpoint(s3.environment["AWS_ENDPOINT_URL"])
     np.testing.assert_array_equal(read(away, whole(away))[0], numbers(4, 600, 600))
     assert read(scene, whole(scene))[1].all()
 

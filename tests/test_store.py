@@ -1,10 +1,12 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from segray.classes import Classes
 from segray.errors import SinkError
+from segray.sink import OPTIONAL
 from segray.store import LabelStore, image_name
 from tests.label_store import Image, write_store
 
@@ -83,3 +85,15 @@ def test_damage_is_named(tmp_path: Path) -> None:
     (tmp_path / "runs" / "20261122T080301Z-1a2b3c4d.json").write_text("{")
     with pytest.raises(SinkError, match=r"4d\.json: cannot be read"):
         list(store.runs())
+
+
+def test_columns_that_an_earlier_version_did_not_write_are_null(tmp_path: Path) -> None:
+    write_store(tmp_path, images("a"), CLASSES)
+    (part,) = (tmp_path / "label_maps" / "recipe=a1b2c3d4").iterdir()
+    table = pq.read_table(part, partitioning=None)
+    pq.write_table(table.drop_columns([*OPTIONAL & set(table.column_names)]), part)
+    store = LabelStore.open(str(tmp_path))
+    columns = ["scene", "uri", "col_off"]
+    expected = [{"scene": None, "uri": images("a")[0].uri, "col_off": None}]
+    assert store.read("label_maps", "a1b2c3d4", part.name, columns).to_pylist() == expected
+    assert [row for batch in store.batches("label_maps", "a1b2c3d4", columns) for row in batch.to_pylist()] == expected

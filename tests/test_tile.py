@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segray.errors import SettingsError
-from segray.tile import Tiling, Window, windows, windows_into
+from segray.tile import Scenes, Tiling, Window, cores, windows, windows_into
 
 
 @st.composite
@@ -94,6 +94,24 @@ def test_a_setting_out_of_bounds_is_refused_with_value_and_bound(settings: dict[
         Tiling(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bands": ("red=B4",)}, "other settings of scenes come with scenes.size"),
+        ({"size": 32, "bands": ("red=",)}, r"scenes.bands red=: give each as NAME=WHAT, such as red=B4"),
+        ({"size": 32, "bands": ("=B4",)}, r"scenes.bands =B4: give each as NAME=WHAT"),
+        ({"size": 32, "bands": ("red=B4", "Red=B3")}, "a name stands there twice"),
+    ],
+)
+def test_settings_of_scenes_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        Scenes(**settings)
+
+
+def test_a_band_without_another_name_is_called_as_it_is() -> None:
+    assert Scenes(size=32, bands=("red=B4", "B5", "nir=a=b")).calls == {"red": "B4", "B5": "B5", "nir": "a=b"}
+
+
 def test_bounds_themselves_are_allowed() -> None:
     assert Tiling(size=32, overlap=16).stride == 16
     assert Tiling(size=33, overlap=16).stride == 17
@@ -101,7 +119,7 @@ def test_bounds_themselves_are_allowed() -> None:
 
 
 @st.composite
-def cores(draw: st.DrawFn, height: int, width: int) -> Window:
+def parts(draw: st.DrawFn, height: int, width: int) -> Window:
     row_off, col_off = draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
     return Window(col_off, row_off, draw(st.integers(1, width - col_off)), draw(st.integers(1, height - row_off)))
 
@@ -110,7 +128,7 @@ def cores(draw: st.DrawFn, height: int, width: int) -> Window:
 def test_tiles_into_a_core_cover_it_and_are_those_of_the_whole_that_reach_it(
     height: int, width: int, tiling: Tiling, data: st.DataObject
 ) -> None:
-    core = data.draw(cores(height, width))
+    core = data.draw(parts(height, width))
     cut = windows_into(core, height, width, tiling)
     covered = np.zeros((height + tiling.size, width + tiling.size), int)
     for window in cut:
@@ -145,3 +163,52 @@ def test_cores_on_a_grid_see_the_tiles_of_the_whole(
 
     in_window = seen(Window(0, first - start, 1, last - first), end - start, start)
     assert in_window == seen(Window(0, 0, 1, length), length, 0)
+
+
+@given(lengths, lengths, st.integers(10, 320))
+def test_cores_cover_each_pixel_once_on_a_regular_grid_row_by_row(height: int, width: int, size: int) -> None:
+    cut = cores(height, width, size)
+    covered = np.zeros((height, width), int)
+    for core in cut:
+        assert core.col_off % size == core.row_off % size == 0
+        assert core.width == min(size, width - core.col_off)
+        assert core.height == min(size, height - core.row_off)
+        covered[core.rows, core.cols] += 1
+    assert (covered == 1).all()
+    corners = [(core.row_off, core.col_off) for core in cut]
+    assert corners == sorted(corners)
+
+
+@given(lengths, lengths, st.integers(10, 320), st.integers(0, 100), st.data())
+def test_a_window_is_read_with_its_halo_up_to_the_scenes_border(
+    height: int, width: int, size: int, halo: int, data: st.DataObject
+) -> None:
+    core = data.draw(st.sampled_from(cores(height, width, size)))
+    around = Scenes(size=size, halo=halo).around(core, height, width)
+    seen = np.zeros((height + 2 * halo, width + 2 * halo), bool)
+    seen[core.row_off : core.row_off + core.height + 2 * halo, core.col_off : core.col_off + core.width + 2 * halo] = (
+        True
+    )
+    expected = np.zeros((height, width), bool)
+    expected[around.rows, around.cols] = True
+    assert (around.height, around.width) == (expected.any(1).sum(), expected.any(0).sum()), "it leaves the scene"
+    np.testing.assert_array_equal(seen[halo : halo + height, halo : halo + width], expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": 0}, "scenes.size 0: must be at least 1 pixel"),
+        ({"size": 64, "halo": -1}, "scenes.halo -1: must be at least 0 pixels"),
+        ({"halo": 64}, "other settings of scenes come with scenes.size; give it, such as 1024"),
+        ({"area": "fields.geojson"}, "other settings of scenes come with scenes.size"),
+    ],
+)
+def test_a_setting_of_scenes_out_of_bounds_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        Scenes(**settings)
+
+
+def test_scenes_may_be_without_a_halo_and_are_not_meant_unless_a_size_is_given() -> None:
+    assert Scenes().size is None
+    assert Scenes(size=1, halo=0).around(Window(3, 4, 1, 1), 10, 10) == Window(3, 4, 1, 1)

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import s3fs
+from affine import Affine
 from fsspec.implementations.local import LocalFileSystem
 
 from segray.classes import Classes
@@ -22,10 +23,11 @@ from segray.cli import main
 from segray.errors import Locked, RunError, SettingsError, SinkError, SourceError
 from segray.labelmap import encode_png
 from segray.lock import hold
-from segray.sink import LABEL_MAPS, LABELLED, REJECTS, STATISTICS, Sink, part_name
+from segray.sink import LABEL_MAPS, LABELLED, OPTIONAL, REJECTS, STATISTICS, Sink, part_name
 from segray.source import Source, fetch, image_id
 from segray.store import LabelStore
 from segray.verify import Verify, _count, verify
+from tests.rasters import write_raster
 from tests.s3 import Server
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -47,9 +49,9 @@ def rows(*images: tuple[str, str], reject: str | None = None) -> pa.Table:
     return pa.Table.from_pylist([identity | of_image for identity in identities], schema=LABELLED)
 
 
-def write(sink: str, *tables: pa.Table, recipe: str = "r1") -> None:
+def write(sink: str, *tables: pa.Table, recipe: str = "r1", **more: Any) -> None:
     store = Sink(sink, recipe)
-    store.start({"recipe": recipe, "classes": CLASSES.to_dict()})
+    store.start({"recipe": recipe, "classes": CLASSES.to_dict(), **more})
     for table in tables:
         [*_] = store.write(table, CLASSES, "x")
 
@@ -102,6 +104,29 @@ def test_a_store_that_is_whole_passes_and_says_what_was_checked(
         **{"problems": "0", "files moved to quarantine": "0"},
     }
     assert files(store) == before
+
+
+def test_what_an_earlier_version_wrote_passes(store: Path) -> None:
+    for kind in ("label_maps", "statistics"):
+        path = part(store, kind, "d", "e")
+        table = pq.read_table(path, partitioning=None)
+        pq.write_table(table.drop_columns([*OPTIONAL & set(table.column_names)]), path)
+    verify(Verify(sink=str(store)))
+
+
+def test_a_window_of_a_scene_may_hold_no_data_and_a_plain_image_may_not(
+    store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    label_map = np.repeat(np.array([0, 1, 2, 255], np.uint8), [4, 4, 4, 12]).reshape(4, 6)
+    path, statistics = part(store, "label_maps", "d", "e"), part(store, "statistics", "d", "e")
+    tamper(path, "label_map", encode_png(label_map, CLASSES.palette), LABEL_MAPS)
+    for row in (3, 4, 5):
+        tamper(statistics, "num_pixels", 4, STATISTICS, row)
+        tamper(statistics, "fraction", 4 / 12, STATISTICS, row)
+    out, _ = fails(capsys, store, 1)
+    assert "e: the label map holds the id 255, and there are 3 classes" in out
+    tamper(path, "scene", "scene.tif", LABEL_MAPS)
+    verify(Verify(sink=str(store)))
 
 
 def truncate(path: Path) -> None:
@@ -499,3 +524,41 @@ def test_pixels_are_counted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     label_map = np.array([[0, 2, 2], [1, 2, 0], [300, 2, 2]], np.uint16)
     counts = _count(label_map, 301)
     assert {int(i): int(counts[i]) for i in np.flatnonzero(counts)} == {0: 2, 1: 1, 2: 5, 300: 1}
+
+
+CORNER = {
+    "type": "Polygon",
+    "coordinates": [[[15.0, 48.745], [15.0, 48.76], [14.9, 48.76], [14.9, 48.745], [15.0, 48.745]]],
+}
+
+
+@pytest.mark.parametrize(
+    ("area", "cores"),
+    [
+        (None, ["0,0,32,32", "32,0,18,32", "0,32,32,8", "32,32,18,8"]),
+        ({"type": "MultiPolygon", "coordinates": [CORNER["coordinates"]]}, ["0,0,32,32", "0,32,32,8"]),
+    ],
+)
+def test_every_window_of_the_sources_scenes_is_labelled_or_the_scene_rejected(
+    area: dict[str, Any] | None, cores: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = {"transform": Affine(0.001, 0, 14.98, 0, -0.001, 48.78), "crs": "EPSG:4326"}
+    raster = write_raster(tmp_path / "scenes/a.tif", np.ones((3, 40, 50), np.uint8), ("red", "green", "blue"), **place)
+    (tmp_path / "scenes/b.tif").write_bytes(b"no raster")
+    (tmp_path / "scenes/notes.txt").write_text("no scene")
+    [entries] = Source(str(tmp_path / "scenes"), of_scenes=True).entries()
+    scene, broken = zip(entries["uri"].to_pylist(), entries["version"].to_pylist(), strict=True)
+    windows = [(f"{scene[0]}#{core}", scene[1]) for core in cores]
+    recipe: dict[str, Any] = {"scenes": {"size": 32, "halo": 4, "area": area}, "preprocessing": {"channels": "RGB"}}
+    sink = tmp_path / "labels"
+    write(str(sink), rows(*windows[1:]), rows(broken, reject="not a raster: b.tif"), **recipe)
+    printed, error = fails(capsys, sink, 1, source=str(tmp_path / "scenes"))
+    assert f"{scene[0]}#0,0,32,32: neither labelled nor rejected (recipe r1)" in printed
+    assert "label the same source again" in error
+
+    write(str(sink), rows(windows[0]), **recipe)
+    verify(Verify(sink=str(sink), source=str(tmp_path / "scenes")))
+    assert re.search(rf"images of SOURCE +│ +{len(cores) + 1} │", capsys.readouterr().out)
+
+    os.utime(raster, (1, 1))
+    fails(capsys, sink, len(cores), source=str(tmp_path / "scenes"))

@@ -3,13 +3,14 @@
 import functools
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import rasterio
 from affine import Affine
 from rasterio.enums import ColorInterp, MaskFlags
-from rasterio.transform import from_gcps
 
 from segray.errors import Reject, SettingsError
 from segray.scene.bands import Band, Listed, Scene, chosen, declared_nodata, placed
@@ -23,6 +24,7 @@ __all__ = ["describe"]
 _SLOT = "{band}"
 _COLOURS = (ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.nir)
 _GCP_ERROR_PIXELS = 1.0
+_ALPHA = re.compile("alpha|mask", re.IGNORECASE)
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -147,7 +149,7 @@ def _looked_at(dataset: rasterio.DatasetReader) -> _File:
         dataset.scales,
         dataset.offsets,
         tuple(declared_nodata(nodata) for nodata in dataset.nodatavals),
-        colours.index(ColorInterp.alpha) + 1 if ColorInterp.alpha in colours else None,
+        _alpha(dataset.descriptions, colours),
         None if is_masked else _mask_beside(dataset.name),
     )
 
@@ -163,6 +165,14 @@ def _names(descriptions: Sequence[str | None], colours: Sequence[ColorInterp]) -
         else:
             names.append(str(index))
     return tuple(names)
+
+
+def _alpha(descriptions: Sequence[str | None], colours: Sequence[ColorInterp]) -> int | None:
+    """The alpha band; writers call the fourth of four one, unless told, but do not describe it as another."""
+    for index, (description, colour) in enumerate(zip(descriptions, colours, strict=True), 1):
+        if colour == ColorInterp.alpha and (not description or _ALPHA.search(description)):
+            return index
+    return None
 
 
 def _mask_beside(path: str) -> str | None:
@@ -198,12 +208,22 @@ def _place(dataset: rasterio.DatasetReader) -> tuple[str, Transform]:
 
 
 def _fitted(points: Sequence[Any]) -> Affine:
-    """The transform of ground control points.
+    """The transform of ground control points; that of rasterio is of arbitrary numbers where there is none.
 
     Raises:
-        Reject: they lie on no straight grid.
+        Reject: they are too few, or lie on no straight grid.
     """
-    transform: Affine = from_gcps(points)
+    pixels = np.array([(point.col, point.row, 1.0) for point in points])
+    places = np.array([(point.x, point.y) for point in points])
+    origin = places.mean(axis=0)
+    fit, _, rank, _ = np.linalg.lstsq(pixels, places - origin)
+    if rank < 3:
+        detail = f"its {len(points)} ground control points do not span a grid: three are needed that are not in line"
+        raise Reject("decode", "no place", detail)
+    fit[2] += origin
+    transform = Affine(*fit.T.ravel())
+    if transform.is_degenerate:
+        return transform
     errors = [math.dist(~transform @ (point.x, point.y), (point.col, point.row)) for point in points]
     if max(errors) > _GCP_ERROR_PIXELS:
         raise Reject(

@@ -12,12 +12,13 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import rasterio
 from fsspec.core import url_to_fs
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio._err import CPLE_BaseError
+from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError, RPCError
 from rasterio.session import DummySession
 
 from segray.errors import Reject, RunError
@@ -52,6 +53,11 @@ _OPTIONS = {
     "GDAL_INGESTED_BYTES_AT_OPEN": "32768",
     "VSI_CACHE": "TRUE",
 }
+
+_S3_SETTINGS = {"connect_timeout": 10, "read_timeout": 30, "retries": {"max_attempts": 2}}  # what hangs is tried again
+
+# The last two slip through rasterio where a header is damaged.
+_GDAL_ERRORS = (RasterioError, CRSError, RPCError, CPLE_BaseError, UnicodeDecodeError)
 
 _MAX_IDLE_DATASETS = 32
 _DAMAGED_TRIES = 3
@@ -115,7 +121,7 @@ def with_dataset(path: str, version: str, action: Callable[[rasterio.DatasetRead
         try:
             with _environment(path), opened(path, version) as dataset:
                 return action(dataset)
-        except RasterioError as error:
+        except _GDAL_ERRORS as error:
             said = _said(error)
             fault = _asked(path)
             if fault is not None and not is_transient(fault):
@@ -176,7 +182,7 @@ def fetched(uri: str) -> bytes:
         RunError: the store cannot be reached.
     """
     try:
-        fs, path = url_to_fs(uri, use_listings_cache=False)
+        fs, path = _filesystem(uri)
         data: bytes = retrying(lambda: fs.cat_file(path))
     except Exception as error:  # whatever the store's client raises
         raise _final(uri, error) from error
@@ -230,9 +236,15 @@ def _asked(path: str) -> Exception | None:
 
 
 def _start(path: str) -> bytes:
-    fs, key = url_to_fs(_uri(path), use_listings_cache=False)
+    fs, key = _filesystem(_uri(path))
     start: bytes = fs.cat_file(key, start=0, end=4)
     return start
+
+
+def _filesystem(uri: str) -> tuple[Any, str]:
+    settings = {"config_kwargs": _S3_SETTINGS} if uri.startswith("s3") else {}
+    fs, key = url_to_fs(uri, use_listings_cache=False, **settings)
+    return fs, key
 
 
 def _uri(path: str) -> str:

@@ -17,6 +17,8 @@ from segray.tile import Window
 
 __all__ = ["read"]
 
+_STEPS = 2**12  # of a pixel; such weights, and products of two of them, add up without rounding
+
 
 def read(
     scene: Scene, window: Window
@@ -51,7 +53,7 @@ def read(
         in_window = functools.partial(_in_window, scene=scene, bands=bands, window=window)
         values[some], usable = with_dataset(path, scene.version, in_window)
         valid &= usable
-    values[:, ~valid] = 0
+    np.copyto(values, 0, where=~valid)
     return values, valid
 
 
@@ -66,6 +68,8 @@ def _in_window(
     rows = _axis(window.row_off, window.height, there.e, there.f, grid.height)
     cols = _axis(window.col_off, window.width, there.a, there.c, grid.width)
     values, valid = _samples(dataset, bands, Window(cols.first, rows.first, cols.length, rows.length))
+    if valid.all() and rows.is_whole and cols.is_whole:  # all below would divide by 1
+        return _weighed(values, rows.values, cols.values), np.ones((window.height, window.width), bool)
     known = valid[None].astype(np.float32)
     weighed = _weighed(np.concatenate([values, known]), rows.values, cols.values)
     cover = _weighed(known, rows.cover, cols.cover)[0]
@@ -87,6 +91,7 @@ class _Axis(NamedTuple):
     cover: _Kernel  # counts how much of a pixel lies in which of the other grid
     first: int  # the first pixel there that is needed
     length: int  # how many are
+    is_whole: bool  # the weights of each pixel add up to 1, to the last bit
 
 
 def _axis(first: int, length: int, scale: float, offset: float, source_length: int) -> _Axis:
@@ -101,7 +106,8 @@ def _axis(first: int, length: int, scale: float, offset: float, source_length: i
     if ratio <= 1:
         centre = (low + high) / 2 - 0.5
         sources = np.floor(centre).astype(np.int64) + np.arange(2)[:, None]
-        weights = 1 - np.abs(centre - sources)
+        right = np.round((centre - sources[0]) * _STEPS) / _STEPS
+        weights = np.stack([1 - right, right])
     begin = int(np.clip(min(sources.min(), covered.min()), 0, source_length - 1))
     end = int(np.clip(max(sources.max(), covered.max()) + 1, begin + 1, source_length))
 
@@ -109,7 +115,8 @@ def _axis(first: int, length: int, scale: float, offset: float, source_length: i
         is_inside = (sources >= 0) & (sources < source_length)
         return _Kernel(np.clip(sources, begin, end - 1) - begin, np.where(is_inside, weights, 0).astype(np.float32))
 
-    return _Axis(kernel(sources, weights), kernel(covered, cover), begin, end - begin)
+    is_whole = ratio <= 1 and sources.min() >= 0 and sources.max() < source_length
+    return _Axis(kernel(sources, weights), kernel(covered, cover), begin, end - begin, bool(is_whole))
 
 
 def _weighed(
@@ -146,7 +153,8 @@ def _samples(
             if (band.scale, band.offset) != (1.0, 0.0):
                 value *= band.scale
                 value += band.offset
-            valid &= np.isfinite(value)
+            if sample.dtype.kind == "f":
+                valid &= np.isfinite(value)
     flags = dataset.mask_flag_enums[indexes[0] - 1]
     if MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags:
         valid &= dataset.read_masks(indexes[0], window=place) > 0
@@ -155,7 +163,7 @@ def _samples(
     if bands[0].mask is not None:
         with opened(bands[0].mask, "") as mask:
             valid &= mask.read(1, window=place) > 0
-    values[:, ~valid] = 0
+    np.copyto(values, 0, where=~valid)
     return values, valid
 
 

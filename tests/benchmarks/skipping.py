@@ -54,6 +54,7 @@ def write_part(folder: str, first: int, num_images: int) -> None:
     uris, versions = zip(*map(name, numbers), strict=True)
     ids = [image_id(uri, version) for uri, version in zip(uris, versions, strict=True)]
     constants = [pa.repeat(value, len(ids)) for value in (0, 0, b"", "run")]
+    constants += [pa.nulls(len(ids)) for _ in LABEL_MAPS.names[7:]]  # of plain images
     rows = pa.table([ids, uris, versions, *constants], names=LABEL_MAPS.names).cast(LABEL_MAPS)
     part = part_name(rows)
     pq.write_table(rows, f"{folder}/{part}", compression="zstd")

@@ -1,0 +1,358 @@
+"""The label job on scenes, end to end on a real Ray cluster."""
+
+import contextlib
+import dataclasses
+import io
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow.dataset as pads
+import pytest
+import rasterio
+import shapely
+from pyproj import Geod, Transformer
+
+from segray import catalog
+from segray.classes import Classes
+from segray.errors import SettingsError, SourceError
+from segray.label import Label, label
+from segray.labelmap import decode_png
+from segray.model import Preprocessing, load, untrained
+from segray.predict import Prediction, Predictor, Raster
+from segray.scene import describe, read
+from segray.tile import Scenes, Tiling, Window
+from tests.graphs import convolutions, described
+from tests.graphs import write as write_model
+from tests.label_store import newest_run
+from tests.rasters import BANDS, DEGREES, DEGREES_GRID, NODATA, samples, write, write_area
+from tests.s3 import BUCKET, Server
+from tests.test_cut import area_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+VOID = 255
+CUT = Scenes(size=64, halo=8)  # the model looks 4 pixels around; its stride makes 32 of the halo
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_model(tmp_path_factory.mktemp("model") / "m.onnx", convolutions(), described())
+
+
+def rows(sink: str, kind: str) -> list[dict[str, Any]]:
+    """What any reader sees."""
+    fs, path = fsspec.core.url_to_fs(sink, use_listings_cache=False)
+    if not fs.exists(f"{path}/{kind}"):
+        return []
+    found: list[dict[str, Any]] = (
+        pads.dataset(f"{path}/{kind}", filesystem=fs, format="parquet", partitioning="hive").to_table().to_pylist()
+    )
+    return found
+
+
+def whole(path: str, model: str) -> np.ndarray:
+    """The label map of a scene in one piece."""
+    scene = describe(path, "", bands={name: name for name in BANDS})
+    everything = Window(0, 0, scene.width, scene.height)
+    values, valid = read(scene, everything)
+    predictor = Predictor(load(model).to_bytes, tiling=Tiling(size=1024, overlap=0), num_threads=1)
+    (prediction,) = predictor.predict_windows([Raster(values=values, valid=valid, core=everything)])
+    assert isinstance(prediction, Prediction)
+    return prediction.label_map
+
+
+def stitched(sink: str, uri: str, height: int, width: int) -> np.ndarray:
+    """The label maps of a scene's windows, each pixel from the only one that has it; 99 where there is none."""
+    label_map, times = np.full((height, width), 99, np.uint8), np.zeros((height, width), int)
+    for row in rows(sink, "label_maps"):
+        if row["scene"] == uri:
+            there = (
+                slice(row["row_off"], row["row_off"] + row["height"]),
+                slice(row["col_off"], row["col_off"] + row["width"]),
+            )
+            label_map[there] = decode_png(row["label_map"])
+            times[there] += 1
+    assert times.max() <= 1
+    return label_map
+
+
+def listing(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """A run over scenes of all kinds."""
+
+    job: Label
+    in_utm: str
+    in_degrees: str
+    truncated: str
+    printed: str
+    run: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def labelled(
+    small_model: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory, one_thread: None
+) -> Labelled:
+    folder = tmp_path_factory.mktemp("scenes")
+    drawn = samples(150, 200)
+    drawn[:, :64, :70] = NODATA  # a window, and a bit of the next
+    drawn[2, 100:120, 90:95] = NODATA  # in one band
+    in_utm = write(folder / "a" / "scene.tif", drawn)
+    in_degrees = write(folder / "b" / "scene.tif", samples(70, 130, seed=1), crs=DEGREES, transform=DEGREES_GRID)
+    write(folder / "lacking.tif", samples(40, 50, 2), names=("red", "swir"))
+    (folder / "damaged.tif").write_text("no raster")
+    truncated = Path(write(folder / "truncated.tif", samples(64, 256), compress="deflate"))
+    truncated.write_bytes(truncated.read_bytes()[: truncated.stat().st_size * 4 // 5])
+    (folder / "notes.md").write_text("no scene")
+    job = Label(
+        source=str(folder),
+        sink=str(tmp_path_factory.mktemp("sink") / "labels"),
+        model=small_model,
+        scenes=CUT,
+        max_rejects=1,
+    )
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        label(job)
+    return Labelled(
+        job=job,
+        in_utm=in_utm,
+        in_degrees=in_degrees,
+        truncated=str(truncated),
+        printed=printed.getvalue(),
+        run=newest_run(job.sink),
+    )
+
+
+def test_windows_put_together_are_the_label_map_of_the_scene(labelled: Labelled, small_model: str) -> None:
+    for path, height, width in ((labelled.in_utm, 150, 200), (labelled.in_degrees, 70, 130)):
+        expected = whole(path, small_model)
+        assert len(np.unique(expected)) >= 3
+        np.testing.assert_array_equal(stitched(labelled.job.sink, f"file://{path}", height, width), expected)
+
+
+def test_areas_of_classes_and_void_add_up_to_the_footprint_on_the_ellipsoid(labelled: Labelled) -> None:
+    statistics, label_maps = rows(labelled.job.sink, "statistics"), rows(labelled.job.sink, "label_maps")
+    for path in (labelled.in_utm, labelled.in_degrees):
+        scene = describe(path, "")
+        own = {row["image_id"]: row for row in label_maps if row["scene"] == f"file://{path}"}
+        of_classes = sum(row["area_m2"] for row in statistics if row["image_id"] in own)
+        of_void = 0.0
+        for row in own.values():
+            label_map = decode_png(row["label_map"])
+            there = Window(row["col_off"], row["row_off"], row["width"], row["height"])
+            of_void += float(scene.pixel_areas(there)[label_map == VOID].sum())
+        assert of_classes + of_void == pytest.approx(footprint(path), rel=1e-6)
+        assert (of_void > 0) == (path == labelled.in_utm)
+
+
+def footprint(path: str) -> float:
+    """A scene's area by its outline."""
+    with rasterio.open(path) as file:
+        corners = [(0, 0), (file.width, 0), (file.width, file.height), (0, file.height)]
+        outline = np.array([file.transform @ corner for corner in [*corners, corners[0]]])
+        if file.crs.to_epsg() == 4326:  # its upper and lower edges are parallels, and no geodesics
+            outline = shapely.get_coordinates(shapely.segmentize(shapely.LineString(outline), 1e-5))
+        lons, lats = Transformer.from_crs(file.crs, DEGREES, always_xy=True).transform(*outline.T)
+    return abs(Geod(ellps="WGS84").polygon_area_perimeter(lons, lats)[0])
+
+
+def test_statistics_count_the_pixels_that_have_data(labelled: Labelled) -> None:
+    statistics = rows(labelled.job.sink, "statistics")
+    for row in rows(labelled.job.sink, "label_maps"):
+        label_map = decode_png(row["label_map"])
+        counted = {r["class_id"]: r["num_pixels"] for r in statistics if r["image_id"] == row["image_id"]}
+        ids, counts = np.unique(label_map[label_map != VOID], return_counts=True)
+        assert counted == dict(zip(ids.tolist(), counts.tolist(), strict=True))
+
+
+def test_a_window_without_data_is_a_label_map_of_void(labelled: Labelled) -> None:
+    (row,) = (
+        row for row in rows(labelled.job.sink, "label_maps") if row["uri"] == f"file://{labelled.in_utm}#0,0,64,64"
+    )
+    assert (decode_png(row["label_map"]) == VOID).all()
+
+
+def test_scenes_that_cannot_be_labelled_are_rejects_and_nothing_else_is_lost(labelled: Labelled) -> None:
+    rejects = rows(labelled.job.sink, "rejects")
+    found = {
+        (row["uri"].rpartition("/")[2].partition("#")[0], row["stage"], row["reason"].partition(":")[0])
+        for row in rejects
+    }
+    assert found == {
+        ("damaged.tif", "decode", "not a raster"),
+        ("lacking.tif", "decode", "bands missing"),
+        ("truncated.tif", "decode", "truncated"),
+    }
+    label_maps = rows(labelled.job.sink, "label_maps")
+    by_scene = Counter(row["scene"] for row in label_maps)
+    assert by_scene[f"file://{labelled.in_utm}"] == 12 and by_scene[f"file://{labelled.in_degrees}"] == 6
+    of_truncated = by_scene[f"file://{labelled.truncated}"]
+    assert 0 < of_truncated < 4
+    counts = labelled.run["counts"]
+    assert counts == {
+        "seen": 12 + 6 + 4 + 2,
+        "labelled": 12 + 6 + of_truncated,
+        "rejected": 2 + 4 - of_truncated,
+        "present": 0,
+        "other_files": 1,
+    }
+
+
+def test_the_summary_speaks_of_windows_and_scenes(labelled: Labelled) -> None:
+    assert re.search(r"windows ", labelled.printed)
+    assert re.search(r"other files, not scenes\s+│\s+1 ", labelled.printed)
+    assert "image" not in labelled.printed
+
+
+def test_a_second_run_does_nothing_and_opens_no_scene(labelled: Labelled, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "describe", pytest.fail)
+    before = listing(Path(labelled.job.sink))
+    label(labelled.job)
+    run = newest_run(labelled.job.sink)
+    counts = labelled.run["counts"]
+    assert run["counts"] == {**counts, "labelled": 0, "rejected": 0, "present": counts["seen"]}
+    parts = {name for name in listing(Path(labelled.job.sink)) - before if not name.startswith(("runs/", "lock/"))}
+    assert parts == set()
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> str:
+    return write(tmp_path / "scenes" / "scene.tif", samples(130, 130))
+
+
+def job_of(scene: str, model: str, **more: Any) -> Label:
+    folder = Path(scene).parent
+    return Label(
+        **{"source": str(folder), "sink": str(folder.parent / "labels"), "model": model, "scenes": CUT, **more}
+    )
+
+
+def test_a_run_with_a_bound_goes_on_the_next_time(scene: str, small_model: str, ray_cluster: None) -> None:
+    job = job_of(scene, small_model)
+    label(dataclasses.replace(job, max_images=5))
+    run = newest_run(job.sink)
+    assert (run["ended"], run["counts"]["labelled"], run["counts"]["seen"]) == ("at its bound", 5, 5)
+    label(job)
+    assert newest_run(job.sink)["counts"]["labelled"] == 4
+    np.testing.assert_array_equal(stitched(job.sink, f"file://{scene}", 130, 130), whole(scene, small_model))
+
+
+def test_a_dry_run_tells_of_windows_and_writes_nothing(
+    scene: str, small_model: str, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = job_of(scene, small_model, dry_run=True, sample=9)
+    label(job)
+    printed = capsys.readouterr().out
+    assert re.search(r"windows to label\s+│\s+9 ", printed)
+    assert re.search(r"about 9 windows in 0:.* at the [\d.]+ windows/s of a sample", printed)
+    assert "image" not in printed
+    assert not Path(job.sink).exists()
+
+
+def test_an_area_cuts_what_is_labelled_and_the_model_sees_beyond_it(
+    scene: str, small_model: str, tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = Window(10, 70, 50, 40)
+    area_of(describe(scene, ""), tmp_path / "area.geojson", wanted)
+    far = write(Path(scene).parent / "far.tif", samples(20, 20), crs=DEGREES, transform=DEGREES_GRID)
+    scenes = dataclasses.replace(CUT, area=str(tmp_path / "area.geojson"))
+    job = job_of(scene, small_model, scenes=scenes)
+    label(job)
+    assert f"1 of 2 scenes lie outside of {scenes.area}" in capsys.readouterr().err
+    assert [row["uri"].rpartition("#")[2] for row in rows(job.sink, "label_maps")] == ["0,64,64,64"]
+    expected = np.full((130, 130), VOID, np.uint8)
+    expected[wanted.rows, wanted.cols] = whole(scene, small_model)[wanted.rows, wanted.cols]
+    expected[:64], expected[128:], expected[:, 64:] = 99, 99, 99
+    np.testing.assert_array_equal(stitched(job.sink, f"file://{scene}", 130, 130), expected)
+    assert far and sum(row["num_pixels"] for row in rows(job.sink, "statistics")) == 50 * 40
+
+
+def test_where_all_lies_outside_of_the_area_the_run_says_so(
+    scene: str, small_model: str, tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    area = write_area(tmp_path / "area.geojson", [(10.0, 50.0), (11.0, 50.0), (11.0, 51.0)])
+    job = job_of(scene, small_model, scenes=dataclasses.replace(CUT, area=area))
+    label(job)
+    assert f"1 of 1 scenes lie outside of {area}; nothing of them is labelled" in capsys.readouterr().err
+    assert newest_run(job.sink)["counts"]["seen"] == 0
+
+
+def test_a_manifest_of_scenes_on_s3_is_labelled_and_not_opened_again(
+    scene: str, small_model: str, s3: Server, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = f"s3://{BUCKET}/scenes-of-a-manifest"
+    fs, _ = fsspec.core.url_to_fs(root, use_listings_cache=False)
+    fs.pipe({f"{root}/in/scene.tif": Path(scene).read_bytes(), f"{root}/m.txt": b"in/scene.tif\nin/late.tif\n"})
+    job = job_of(scene, small_model, source=f"{root}/m.txt", sink=f"{root}/labels", max_rejects=1)
+    label(job)
+    assert newest_run(job.sink)["counts"] == {"seen": 10, "labelled": 9, "rejected": 1, "present": 0, "other_files": 0}
+    np.testing.assert_array_equal(stitched(job.sink, f"{root}/in/scene.tif", 130, 130), whole(scene, small_model))
+    assert [(row["uri"], row["version"]) for row in rows(job.sink, "rejects")] == [(f"{root}/in/late.tif", "")]
+
+    # What was missing is there, and the other one is not looked into.
+    fs.pipe_file(f"{root}/in/late.tif", Path(scene).read_bytes())
+    opened: list[str] = []
+
+    def describe_(uri: str, *arguments: Any, **more: Any) -> Any:
+        opened.append(uri)
+        return describe(uri, *arguments, **more)
+
+    monkeypatch.setattr(catalog, "describe", describe_)
+    label(job)
+    assert set(opened) == {f"{root}/in/late.tif"}
+    counts = newest_run(job.sink)["counts"]
+    assert (counts["seen"], counts["labelled"], counts["present"]) == (18, 9, 9)
+    assert rows(job.sink, "rejects") == []
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a CRF": ({"crf": True}, "--crf is of images, which it sees whole; leave it out beside --scenes.size"),
+    "a bound of pixels": ({"max_pixels": 100}, "--max-pixels is of images; leave it out beside --scenes.size"),
+    "tiles": ({"tiling": Tiling(size=512)}, "--tiling is of images; .* sees a window whole"),
+    "a model of bands without windows": ({"scenes": Scenes()}, "sees the bands red, green, blue, nir of scenes; give"),
+    "a type beside a graph": ({"dtype": "bfloat16"}, "stands in its graph; leave it out"),
+    "an area that is none": ({"scenes": Scenes(size=64, area="nowhere.geojson")}, "--scenes.area nowhere.geojson"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_go_together_is_refused_before_anything_runs(name: str, scene: str, small_model: str) -> None:
+    settings, message = REFUSED[name]
+    if name == "a model of bands without windows":
+        message = message.replace("give", "give --scenes.size, such as 1024")
+    with pytest.raises(SettingsError, match=message):
+        label(job_of(scene, small_model, **settings))
+    assert not (Path(scene).parent.parent / "labels").exists()
+
+
+@pytest.mark.parametrize(
+    ("classes", "preprocessing", "message"),
+    [
+        (("a", "b"), Preprocessing(resize=64), "resizes images to 64 pixels, and a window of a scene has no size"),
+        (Classes(("a", "b"), ignore_index=-1), Preprocessing(), r"ignore_index -1, .* must lie in \[0, 255\]"),
+    ],
+)
+def test_a_model_that_cannot_see_windows_is_refused(
+    classes: Classes | tuple[str, ...], preprocessing: Preprocessing, message: str, scene: str, tmp_path: Path
+) -> None:
+    named = classes if isinstance(classes, Classes) else Classes(classes)
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(untrained("unet_resnet18", named, preprocessing=preprocessing).to_bytes())
+    with pytest.raises(SettingsError, match=message):
+        label(job_of(scene, str(path)))
+
+
+def test_a_source_without_scenes_is_refused(small_model: str, tmp_path: Path) -> None:
+    (tmp_path / "scenes").mkdir()
+    (tmp_path / "scenes" / "notes.md").write_text("no scene")
+    with pytest.raises(SourceError, match="holds no scenes, only 1 files of other kinds"):
+        label(job_of(str(tmp_path / "scenes" / "scene.tif"), small_model))
