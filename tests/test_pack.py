@@ -22,7 +22,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import rasterio
 import s3fs
+from affine import Affine
 from PIL import Image
 
 import segray.pack
@@ -509,10 +511,18 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path) -> No
         ({"min_confidence": 0.5}, "--min-confidence 0.5 is of --dataset labels, not of folders"),
         ({"recipe": "r1", "dataset": "images"}, "--recipe r1 is of --dataset labels, not of images"),
         ({"column": "jpg"}, "--column jpg is of --dataset images, not of folders"),
-        ({"classes": "c.json", "dataset": "camvid"}, "--classes c.json is of --dataset folders, not of camvid"),
+        (
+            {"classes": "c.json", "dataset": "camvid"},
+            "--classes c.json is of --dataset folders or scenes, not",
+        ),
         ({"dataset": "images", "val_fraction": 0.5}, "--val-fraction 0.5: images without targets"),
         ({"val_fraction": 1.0}, "--val-fraction 1.0: is a share between 0 and 1"),
         ({"dataset": "labels", "min_confidence": 1.5}, "--min-confidence 1.5: is a share"),
+        ({"bands": "red"}, "--bands red is of --dataset scenes, not of folders"),
+        ({"dataset": "scenes", "bands": "red,,nir"}, "--bands red,,nir: give names, each once"),
+        ({"dataset": "scenes", "bands": "red,Red=B4"}, "--bands red,Red=B4: give names, each once"),
+        ({"dataset": "scenes", "window": 0}, "--window 0: must be at least 1"),
+        ({"dataset": "scenes", "gap_metres": 100.0}, "--gap-metres 100.0 goes with --val-fraction"),
         ({"shard_images": 0}, "--shard-images 0: must be at least 1"),
         ({"seed": -1}, "--seed -1: must be at least 0"),
         ({"sink": "data/shards"}, "SINK data/shards lies in SOURCE data,"),
@@ -541,3 +551,110 @@ def test_a_wrong_path_or_an_empty_source_is_refused_in_one_line(
 def test_the_help_names_every_kind() -> None:
     text = inspect.getsource(Pack).partition("def __post_init__")[0]
     assert all(re.search(rf"\b{kind}\b", text) for kind in (*KINDS, "images", "labels"))
+
+
+SIDE = 240
+SCENES = {"north": (500_000, 5_400_000), "east": (501_200, 5_399_200)}
+"""Where two scenes begin that overlap, in metres; a pixel has 10."""
+
+
+def write_raster(path: Path, samples: np.ndarray, corner: tuple[int, int], bands: Sequence[str] = ("ids",)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count, height, width = samples.shape
+    west, north = corner
+    how: dict[str, Any] = {"driver": "GTiff", "crs": "EPSG:32633", "transform": Affine(10, 0, west, 0, -10, north)}
+    how |= {"count": count, "height": height, "width": width, "dtype": samples.dtype}
+    with rasterio.open(path, "w", **how, nodata=0 if count > 1 else None) as file:
+        file.write(samples)
+        file.descriptions = bands
+
+
+def write_scenes(folder: Path) -> Path:
+    """Two scenes that overlap, with a strip without data and one that is void."""
+    rng = np.random.default_rng(0)
+    for name, corner in SCENES.items():
+        samples = rng.integers(1, 9000, (3, SIDE, SIDE), np.uint16)
+        samples[:, :30] = 0
+        target = rng.integers(0, 3, (1, SIDE, SIDE), np.uint8)
+        target[:, -30:] = VOID
+        write_raster(folder / f"images/{name}.tif", samples, corner, ("red", "nir", "swir"))
+        write_raster(folder / f"targets/{name}.tif", target, corner)
+    (folder / "classes.json").write_text(json.dumps(CLASSES.to_dict()))
+    return folder
+
+
+def ground_of(name: str, size: int) -> tuple[float, float, float, float]:
+    """West, south, east and north of a window, in metres."""
+    scene, _, offsets = name.partition("/")
+    row, col = map(int, offsets.split("-"))
+    west, north = SCENES[scene][0] + 10 * col, SCENES[scene][1] - 10 * row
+    return west, north - 10 * min(size, SIDE - row), west + 10 * min(size, SIDE - col), north
+
+
+@pytest.mark.parametrize("format", ["tar", "parquet"])
+def test_windows_of_scenes_are_packed_and_no_ground_of_val_lies_near_that_of_train(format: str, tmp_path: Path) -> None:
+    source = write_scenes(tmp_path / "source")
+    how = {"dataset": "scenes", "window": 16, "val_fraction": 0.3, "block_metres": 900.0, "gap_metres": 150.0}
+    settings = job(source, tmp_path / "out", format=format, bands="infrared=nir,red", shard_images=40, **how)
+    pack(settings)
+    ground = {}
+    for split in ("train", "val"):
+        found = packed(tmp_path / "out", split)
+        assert {name.partition("/")[0] for name in found} == set(SCENES)
+        ground[split] = np.array([ground_of(name, 16) for name in found])
+        for name, pair in found.items():
+            values, target = pairs.decode_pair(name, *pair, CLASSES)
+            scene, _, offsets = name.partition("/")
+            row, col = map(int, offsets.split("-"))
+            place = rasterio.windows.Window(col, row, 16, 16)
+            with rasterio.open(source / f"images/{scene}.tif") as file:
+                samples = file.read([2, 1], window=place).transpose(1, 2, 0)
+            with rasterio.open(source / f"targets/{scene}.tif") as file:
+                ids = file.read(1, window=place)
+            np.testing.assert_array_equal(np.nan_to_num(values), samples)
+            np.testing.assert_array_equal(target, np.where(samples[:, :, 0] > 0, ids, VOID))
+            assert (target != VOID).any(), "what nobody can learn from is left out"
+    train, val = ground["train"][:, None], ground["val"][None]
+    beside = np.maximum(train[..., 0] - val[..., 2], val[..., 0] - train[..., 2])
+    above = np.maximum(train[..., 1] - val[..., 3], val[..., 1] - train[..., 3])
+    # To a thousandth, as a metre of UTM is not quite one on the ground.
+    assert np.hypot(np.maximum(beside, 0), np.maximum(above, 0)).min() >= 0.999 * 150
+    assert read_json(f"{tmp_path}/out/statistics.json")["splits"]["train"]["bands"] == ["infrared", "red"]
+    before = shards(tmp_path / "out")
+    pack(settings)
+    assert shards(tmp_path / "out") == before
+
+
+def test_scenes_without_splits_are_train_and_folders_of_splits_are_theirs(tmp_path: Path) -> None:
+    source = write_scenes(tmp_path / "source")
+    pack(job(source, tmp_path / "out", dataset="scenes", window=128))
+    assert sorted(packed(tmp_path / "out", "train")) == sorted(
+        f"{name}/{row:06d}-{col:06d}" for name in SCENES for row in (0, 128) for col in (0, 128)
+    )
+    (tmp_path / "split").mkdir()
+    (source / "classes.json").rename(tmp_path / "split/classes.json")
+    source.rename(tmp_path / "split/train")
+    write_scenes(tmp_path / "split/val")
+    pack(job(tmp_path / "split", tmp_path / "other", dataset="scenes", window=128))
+    assert packed(tmp_path / "other", "train").keys() == packed(tmp_path / "other", "val").keys()
+
+
+def test_a_scene_that_cannot_be_used_is_one_reject(tmp_path: Path) -> None:
+    source = write_scenes(tmp_path / "source")
+    write_raster(source / "targets/east.tif", np.zeros((1, 9, 9), np.uint8), SCENES["east"])
+    rgb = np.ones((2, SIDE, SIDE), np.uint16)
+    write_raster(source / "images/west.tif", rgb, SCENES["north"], ("red", "blue"))
+    write_raster(source / "targets/west.tif", np.zeros((1, SIDE, SIDE), np.uint8), SCENES["north"])
+    pack(job(source, tmp_path / "out", dataset="scenes", window=128))
+    assert len(packed(tmp_path / "out", "train")) == 4
+    found = rejects(tmp_path / "out")
+    assert found.keys() == {"east", "west"}
+    assert found["east"][1].startswith("size mismatch: ")
+    assert found["west"][1].startswith("bands missing: nir, swir of red, nir, swir not among red, blue")
+
+
+def test_ground_that_cannot_be_split_is_refused(tmp_path: Path) -> None:
+    source = write_scenes(tmp_path / "source")
+    with pytest.raises(SettingsError, match=r"0 to validate on.* give smaller --block-metres or --gap-metres"):
+        pack(job(source, tmp_path / "out", dataset="scenes", window=16, val_fraction=0.01, block_metres=1e6))
+    assert not (tmp_path / "out").exists()
