@@ -22,7 +22,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import UInt
+from jaxtyping import UInt, UInt8
 from PIL import Image
 from tyro.conf import Positional
 
