@@ -60,7 +60,7 @@ def category_names(classes: Classes) -> bytes:
 
 
 class Canvas:
-    """A raster on a local disk that holds no data at first, and takes label maps of windows in any order.
+    """A raster on a local disk that holds no data at first, and takes maps of windows in any order: labels, confidence.
 
     A context manager, which closes the file and leaves it there.
     """
@@ -71,9 +71,9 @@ class Canvas:
         *,
         height: int,
         width: int,
-        crs: str | None,
+        crs: str,
         transform: Sequence[float],
-        classes: Classes,
+        classes: Classes | None,
         tags: Mapping[str, str],
     ) -> None:
         """Creates the file; what is never written takes no room in it.
@@ -82,12 +82,13 @@ class Canvas:
             path: on a local disk.
             height: rows of pixels.
             width: columns of pixels.
-            crs: the coordinate reference system, a code or WKT. None: it is not known.
+            crs: the coordinate reference system, a code or WKT.
             transform: the affine transform's coefficients a to f.
-            classes: what the ids stand for; ignore_index is nodata.
+            classes: what the ids stand for; ignore_index is nodata. None: it holds the confidence of pixels, in 255ths,
+                and 0 is nodata.
             tags: the raster's metadata, beside that of the classes.
         """
-        self._path = path
+        self._path, self._resampling = path, "AVERAGE" if classes is None else "MODE"
         # Not compressed: windows that are no multiple of its blocks would be, again and again.
         with warnings.catch_warnings():
             # Of a scene without a transform that is known.
@@ -99,8 +100,8 @@ class Canvas:
                 height=height,
                 width=width,
                 count=1,
-                dtype=dtype_of(classes),
-                nodata=classes.ignore_index,
+                dtype=np.uint8 if classes is None else dtype_of(classes),
+                nodata=0 if classes is None else classes.ignore_index,
                 crs=crs,
                 transform=rasterio.Affine(*transform),
                 tiled=True,
@@ -109,9 +110,14 @@ class Canvas:
                 sparse_ok=True,
                 bigtiff="IF_SAFER",
             )
+        self._raster.update_tags(**tags)
+        if classes is None:
+            self._raster.set_band_description(1, "confidence")
+            self._raster.scales = (1 / 255,)
+            return
         self._raster.write_colormap(1, dict(enumerate(classes.palette)))
         self._raster.set_band_description(1, "label map")
-        self._raster.update_tags(**tags, CLASSIFICATION_CLASSES=json.dumps(classification(classes)))
+        self._raster.update_tags(CLASSIFICATION_CLASSES=json.dumps(classification(classes)))
         self._raster.update_tags(1, **{f"CLASS_{class_id}": name for class_id, name in enumerate(classes.names)})
 
     def __enter__(self) -> "Canvas":
@@ -120,16 +126,19 @@ class Canvas:
     def __exit__(self, *_: object) -> None:
         self._raster.close()
 
-    def write(self, window: Window, label_map: UInt[np.ndarray, "height width"]) -> None:
-        """Puts a label map where its window is."""
-        self._raster.write(label_map, 1, window=(window.rows, window.cols))
+    def write(self, window: Window, values: UInt[np.ndarray, "height width"]) -> None:
+        """Puts a map where its window is."""
+        self._raster.write(values, 1, window=(window.rows, window.cols))
 
     def read(self, window: Window) -> UInt[np.ndarray, "height width"]:
-        """The label map of a window."""
+        """The map of a window."""
         return np.asarray(self._raster.read(1, window=(window.rows, window.cols)))
 
     def save(self, path: str) -> None:
-        """Closes it, and writes its Cloud-Optimised GeoTIFF; an overview's pixels are what most of theirs are."""
+        """Closes it, and writes its Cloud-Optimised GeoTIFF.
+
+        An overview's pixels are what most of theirs are, and the mean of their confidence.
+        """
         self._raster.close()
-        options = {"COMPRESS": "DEFLATE", "BLOCKSIZE": _BLOCK, "OVERVIEW_RESAMPLING": "MODE", "BIGTIFF": "IF_SAFER"}
-        rasterio.shutil.copy(self._path, path, driver="COG", SPARSE_OK="TRUE", **options)
+        options = {"COMPRESS": "DEFLATE", "BLOCKSIZE": _BLOCK, "BIGTIFF": "IF_SAFER", "SPARSE_OK": "TRUE"}
+        rasterio.shutil.copy(self._path, path, driver="COG", OVERVIEW_RESAMPLING=self._resampling, **options)

@@ -1,6 +1,7 @@
 """Labelled scenes for a GIS: of each a Cloud-Optimised GeoTIFF, polygons as GeoParquet, and a STAC item.
 
     DEST/recipe=<id>/<name>/<name>.tif           the label map, with palette and nodata (.aux.xml: names of the classes)
+    DEST/recipe=<id>/<name>/<name>-confidence.tif  the confidence of each pixel, where the label store keeps it
     DEST/recipe=<id>/<name>/<name>.parquet       polygons
     DEST/recipe=<id>/<name>/<name>.json          the STAC item, written last
 
@@ -8,6 +9,7 @@ A name is the stem of the scene's URI and the digest of it all, so that no two s
 digest of the windows that went in: what has not changed since is not written again.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -119,7 +121,7 @@ class _Scene:
     height: int
     """Of the raster, which reaches from the first to the last of the windows that the store knows."""
     width: int
-    crs: str | None
+    crs: str
     transform: tuple[float, float, float, float, float, float]
 
 
@@ -138,6 +140,12 @@ class _Task:
     simplify: float | None
     scratch: str
     """A folder on a local disk."""
+
+    @property
+    def keeps_confidence(self) -> bool:
+        """Whether the store has the confidence of pixels."""
+        keeps: bool = self.recipe["scenes"]["confidence"]
+        return keeps
 
 
 def export(job: Export) -> None:
@@ -390,7 +398,7 @@ def _export(task: _Task) -> int:
     import rasterio
 
     from segray.cog import CACHE_BYTES, Canvas, category_names
-    from segray.polygons import GeoParquet, pixel_areas
+    from segray.polygons import GeoParquet
 
     scene, classes = task.scene, Classes.from_dict(task.recipe["classes"])
     model = task.recipe["model"]
@@ -399,31 +407,36 @@ def _export(task: _Task) -> int:
     tolerance = 0.0
     if task.simplify is not None:
         middle = Window(scene.width // 2, scene.height // 2, 1, 1)
-        tolerance = task.simplify / math.sqrt(pixel_areas(scene.crs, scene.transform, middle)[0, 0])
-        if math.isnan(tolerance):
-            raise RunError("its CRS is not known, nor how long a metre is; leave --simplify out")
+        tolerance = task.simplify / math.sqrt(_pixel_areas(scene, middle)[0, 0])
     with tempfile.TemporaryDirectory(dir=task.scratch) as folder, rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES):
         file = f"{folder}/{task.name}"
         grid: dict[str, Any] = {"height": scene.height, "width": scene.width}
         georeference: dict[str, Any] = {"crs": scene.crs, "transform": scene.transform}
-        with Canvas(f"{folder}/canvas.tif", **grid, **georeference, classes=classes, tags=tags) as canvas:
-            confidences = _paint(task, canvas, classes)
+        with contextlib.ExitStack() as stack:
+            how: dict[str, Any] = {**grid, **georeference, "tags": tags}
+            canvas = stack.enter_context(Canvas(f"{folder}/labels.tif", classes=classes, **how))
+            confidence = None
+            if task.keeps_confidence:
+                confidence = stack.enter_context(Canvas(f"{folder}/confidence.tif", classes=None, **how))
+            means = _paint(task, canvas, confidence, classes)
             with GeoParquet(f"{file}.parquet", scene=scene.uri, classes=classes, **georeference) as geoparquet:
-                for polygons in _polygons(scene, canvas, classes.ignore_index, confidences, tolerance):
+                for polygons in _polygons(scene, canvas, confidence, means, classes, tolerance):
                     geoparquet.write(polygons)
                     for total, column in zip(totals, polygons.columns()[1:4], strict=True):
                         np.add.at(total, polygons.class_id, column)
             canvas.save(f"{file}.tif")
+            if confidence is not None:
+                confidence.save(f"{file}-confidence.tif")
         Path(f"{file}.tif.aux.xml").write_bytes(category_names(classes))
         item = _item(task, classes, totals)
         Path(f"{file}.json").write_text(json.dumps(item, indent=1))
-        for suffix in (".tif", ".tif.aux.xml", ".parquet", ".json"):
+        for suffix in (".tif", ".tif.aux.xml", *(["-confidence.tif"] if confidence else []), ".parquet", ".json"):
             _publish(f"{file}{suffix}", f"{task.dest}/{task.name}{suffix}")
     return geoparquet.num_polygons
 
 
-def _paint(task: _Task, canvas: "Canvas", classes: Classes) -> np.ndarray:
-    """Puts the label maps where they belong, in the order in which the store has them.
+def _paint(task: _Task, canvas: "Canvas", confidence: "Canvas | None", classes: Classes) -> np.ndarray:
+    """Puts the label maps where they belong, in the order in which the store has them; the confidence likewise.
 
     Returns:
         The mean confidence of each class in each window, (num_windows, num_classes); NaN where it is not there.
@@ -431,9 +444,10 @@ def _paint(task: _Task, canvas: "Canvas", classes: Classes) -> np.ndarray:
     Raises:
         RunError: a label map is damaged.
     """
+    columns = ["image_id", "label_map", *([] if confidence is None else ["confidence"])]
     store, recipe_id = task.store, task.recipe_id
     rows = task.scene.windows.to_pylist()
-    confidences = np.full((len(rows), len(classes)), np.nan)
+    means = np.full((len(rows), len(classes)), np.nan)
     of_part: dict[str, dict[str, int]] = defaultdict(dict)
     for number, row in enumerate(rows):
         of_part[row["part"]][row["image_id"]] = number
@@ -441,14 +455,14 @@ def _paint(task: _Task, canvas: "Canvas", classes: Classes) -> np.ndarray:
         statistics = store.read("statistics", recipe_id, part, ["image_id", "class_id", "mean_confidence"])
         wanted = statistics.filter(pc.is_in(statistics["image_id"], pa.array(list(numbers))))
         places = [numbers[image_id] for image_id in wanted["image_id"].to_pylist()]
-        confidences[places, wanted["class_id"].to_numpy()] = wanted["mean_confidence"].to_numpy()
-        for batch in store.batches("label_maps", recipe_id, ["image_id", "label_map"], [part]):
-            for image_id, png in zip(batch["image_id"].to_pylist(), batch["label_map"], strict=True):
-                if image_id not in numbers:
+        means[places, wanted["class_id"].to_numpy()] = wanted["mean_confidence"].to_numpy()
+        for batch in store.batches("label_maps", recipe_id, columns, [part]):
+            for image_id, *pngs in zip(*(batch[name] for name in columns), strict=True):
+                if image_id.as_py() not in numbers:
                     continue
-                row = rows[numbers.pop(image_id)]
+                row = rows[numbers.pop(image_id.as_py())]
                 window = Window(*(row[name] for name in _PLACE))
-                label_map = decode_png(png.as_py())
+                label_map, *others = (decode_png(png.as_py()) for png in pngs)
                 present = np.flatnonzero(np.bincount(label_map.ravel()))
                 if label_map.shape != (window.height, window.width) or not set(present.tolist()) <= {
                     *range(len(classes)),
@@ -456,20 +470,40 @@ def _paint(task: _Task, canvas: "Canvas", classes: Classes) -> np.ndarray:
                 }:
                     raise RunError(f"the label map of {window} is not what its row says; `segray verify` tells more")
                 canvas.write(window, label_map)
-    return confidences
+                if confidence is not None:
+                    confidence.write(window, *others)
+    return means
 
 
 def _polygons(
-    scene: _Scene, canvas: "Canvas", nodata: int, confidences: np.ndarray, tolerance: float
+    scene: _Scene,
+    canvas: "Canvas",
+    confidence: "Canvas | None",
+    means: np.ndarray,
+    classes: Classes,
+    tolerance: float,
 ) -> "Iterator[Polygons]":
-    from segray.polygons import Joiner, pixel_areas
+    """The polygons of a scene; without the confidence of pixels theirs is the mean of their class in each window."""
+    from segray.polygons import Joiner
 
-    joiner = Joiner(scene.width, nodata, tolerance)
-    for row, confidence in zip(scene.windows.to_pylist(), confidences, strict=True):
+    joiner = Joiner(scene.width, classes.ignore_index, tolerance)
+    of_ids = np.full(max(len(classes), classes.ignore_index + 1), np.nan)
+    for row, of_classes in zip(scene.windows.to_pylist(), means, strict=True):
         window = Window(*(row[name] for name in _PLACE))
-        areas = pixel_areas(scene.crs, scene.transform, window)
-        yield from joiner.add(window, canvas.read(window), areas, confidence)
+        label_map = canvas.read(window)
+        of_ids[: len(classes)] = of_classes
+        of_pixels = of_ids[label_map] if confidence is None else confidence.read(window) / 255
+        yield from joiner.add(window, label_map, _pixel_areas(scene, window), of_pixels)
     yield from joiner.finish()
+
+
+def _pixel_areas(scene: _Scene, window: Window) -> np.ndarray:
+    """Square metres of each pixel of a window, as the statistics have them: (height, width)."""
+    from segray.scene.place import Grid, pixel_areas
+
+    a, b, c, d, e, f = scene.transform
+    corner = a * window.col_off + b * window.row_off + c, d * window.col_off + e * window.row_off + f
+    return pixel_areas(scene.crs, Grid(window.height, window.width, (a, b, corner[0], d, e, corner[1])))
 
 
 def _item(task: _Task, classes: Classes, totals: np.ndarray) -> dict[str, Any]:
@@ -512,10 +546,10 @@ def _item(task: _Task, classes: Classes, totals: np.ndarray) -> dict[str, Any]:
                 "class_id": class_id,
                 "class_name": name,
                 "num_pixels": int(num_pixels),
-                "area_m2": None if math.isnan(area_m2) else area_m2,
-                "mean_confidence": None if math.isnan(confidence) or not num_pixels else confidence / num_pixels,
+                "area_m2": area_m2,
+                "mean_confidence": confidence_sum / num_pixels if num_pixels and confidence_sum > 0 else None,
             }
-            for class_id, (name, (num_pixels, area_m2, confidence)) in enumerate(
+            for class_id, (name, (num_pixels, area_m2, confidence_sum)) in enumerate(
                 zip(classes.names, totals.T.tolist(), strict=True)
             )
         ],
@@ -523,10 +557,10 @@ def _item(task: _Task, classes: Classes, totals: np.ndarray) -> dict[str, Any]:
         "segray:digest": task.digest,
     }
     item = pystac.Item(task.name, geometry, bbox, properties=properties, **times)
-    code = scene.crs if scene.crs and re.fullmatch(r"\w+:\w+", scene.crs) else None
+    code = scene.crs if re.fullmatch(r"\w+:\w+", scene.crs) else None
     ProjectionExtension.ext(item, add_if_missing=True).apply(
         code=code,
-        projjson=None if code or not scene.crs else pyproj.CRS.from_user_input(scene.crs).to_json_dict(),
+        projjson=None if code else pyproj.CRS.from_user_input(scene.crs).to_json_dict(),
         shape=[scene.height, scene.width],
         transform=list(scene.transform),
     )
@@ -538,6 +572,15 @@ def _item(task: _Task, classes: Classes, totals: np.ndarray) -> dict[str, Any]:
         extra_fields={"data_type": np.dtype(dtype_of(classes)).name, "nodata": classes.ignore_index},
     )
     item.add_asset("labels", label_map)
+    if task.keeps_confidence:
+        confidence = pystac.Asset(
+            f"./{task.name}-confidence.tif",
+            title="Confidence",
+            media_type=pystac.MediaType.COG,
+            roles=["data"],
+            extra_fields={"data_type": "uint8", "nodata": 0, "raster:scale": 1 / 255},
+        )
+        item.add_asset("confidence", confidence)
     ClassificationExtension.ext(label_map, add_if_missing=True).classes = [
         Classification.create(**fields) for fields in classification(classes)
     ]
@@ -564,8 +607,6 @@ def _footprint(scene: _Scene) -> tuple[dict[str, Any] | None, list[float] | None
     import pyproj
     import shapely
 
-    if scene.crs is None:
-        return None, None
     along = np.linspace(0, 1, _EDGE_POINTS)[:-1]
     cols = np.concatenate([along, np.ones_like(along), 1 - along, np.zeros_like(along)]) * scene.width
     rows = np.concatenate([np.zeros_like(along), along, np.ones_like(along), 1 - along]) * scene.height

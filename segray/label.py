@@ -405,6 +405,7 @@ def _chain(
                 "device": placement.device,
                 "dtype": job.dtype,
                 "num_threads": placement.threads,
+                "keeps_confidence": job.scenes.confidence,
             },
             compute=ray.data.ActorPoolStrategy(
                 min_size=placement.min_actors, max_size=placement.max_actors, max_tasks_in_flight_per_actor=2
@@ -712,6 +713,13 @@ def _encode(predicted: pa.Table, *, classes: Classes, ledger: Any) -> pa.Table:
                 for one, (crs, *transform) in zip(label_maps, places, strict=True)
             ]
             encoded = encoded.append_column("area_sum", pa.array(areas, pa.list_(pa.float64())))
+        if "confidence" in encoded.column_names:
+            position = encoded.schema.get_field_index("confidence")
+            confidences = [
+                None if one is None else encode_png(np.frombuffer(raw.as_buffer(), np.uint8).reshape(one.shape), None)
+                for raw, one in zip(encoded["confidence"], label_maps, strict=True)
+            ]
+            encoded = encoded.set_column(position, "confidence", pa.array(confidences, pa.large_binary()))
     ledger.encoded.remote(len(pngs), pngs.count(None))
     return encoded
 

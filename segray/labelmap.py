@@ -21,18 +21,18 @@ def dtype_for(num_classes: int) -> type[np.uint8] | type[np.uint16]:
     return np.uint8 if num_classes <= 256 else np.uint16
 
 
-def encode_png(label_map: UInt[np.ndarray, "height width"], palette: Sequence[RGB]) -> bytes:
-    """Encodes a label map without loss.
+def encode_png(label_map: UInt[np.ndarray, "height width"], palette: Sequence[RGB] | None) -> bytes:
+    """Encodes a label map, or a map of confidence, without loss.
 
     Args:
         label_map: (height, width) uint8, or uint16 beyond 256 classes.
-        palette: a colour for each class; ids beyond it, such as void, are black.
+        palette: a colour for each class; ids beyond it, such as void, are black. None: values are shades of grey.
 
     Returns:
-        A palette PNG whose pixel values are the class ids; 16-bit grey for uint16.
+        A palette PNG whose pixel values are the class ids; grey for uint16, and without a palette.
     """
     image = Image.fromarray(label_map)
-    if label_map.dtype == np.uint8:
+    if palette is not None and label_map.dtype == np.uint8:
         # Pillow stores as few bits a pixel as the palette needs, and would fold ids beyond it (void) onto others.
         colours = np.zeros((max(len(palette), int(label_map.max(initial=0)) + 1), 3), np.uint8)
         colours[: len(palette)] = palette

@@ -23,12 +23,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from segray.classes import Classes
+from segray.scene.place import Transform
 from segray.tile import Window
 
-__all__ = ["SCHEMA", "Affine", "GeoParquet", "Joiner", "Polygons", "components", "pixel_areas", "trace"]
-
-Affine = tuple[float, float, float, float, float, float]
-"""Coefficients a to f: the pixel (col, row) lies at x = a·col + b·row + c, y = d·col + e·row + f."""
+__all__ = ["SCHEMA", "GeoParquet", "Joiner", "Polygons", "components", "trace"]
 
 SCHEMA = pa.schema(
     {
@@ -42,8 +40,7 @@ SCHEMA = pa.schema(
         "bbox": pa.struct({side: pa.float64() for side in ("xmin", "ymin", "xmax", "ymax")}),
     }
 )
-"""One row a polygon. `area_m2` is that of its pixels, also where the outline is simplified; `mean_confidence` the mean
-over its pixels of what its class has in each window."""
+"""One row a polygon. `area_m2` is that of its pixels, also where the outline is simplified."""
 
 _GROUP_ROWS = 16_384
 _GROUP_BYTES = 32 * 2**20
@@ -59,7 +56,7 @@ class Polygons:
     num_pixels: Int64[np.ndarray, " n"]
     """Pixels of each."""
     area_m2: Float64[np.ndarray, " n"]
-    """Their area in square metres; NaN where it is not known."""
+    """Their area in square metres."""
     confidence_sum: Float64[np.ndarray, " n"]
     """The sum of their confidence; NaN where it is not known."""
     outline: Shaped[np.ndarray, " n"]
@@ -72,45 +69,6 @@ class Polygons:
     def take(self, mask: Bool[np.ndarray, " n"]) -> "Polygons":
         """Those where the mask is true."""
         return Polygons(*(column[mask] for column in self.columns()))
-
-
-def pixel_areas(crs: str | None, transform: Affine, window: Window) -> Float64[np.ndarray, "rows cols"]:
-    """The area of a window's pixels in square metres.
-
-    On a map it is what the map's plane says; on a grid of degrees it is that on the ellipsoid, between the two
-    parallels and the two meridians of a pixel (of a rotated one: that at its centre).
-
-    Args:
-        crs: the coordinate reference system. None: it is not known, nor is any area.
-        transform: that of the whole raster.
-        window: the pixels that are meant.
-
-    Returns:
-        (height, width), or what broadcasts to it.
-    """
-    a, b, _, d, e, f = transform
-    if crs is None:
-        return np.full((1, 1), np.nan)
-    reference = pyproj.CRS.from_user_input(crs)
-    unit: float = reference.axis_info[0].unit_conversion_factor  # metres, or radians
-    determinant = abs(a * e - b * d) * unit**2
-    if not reference.is_geographic:
-        return np.full((1, 1), determinant)
-    ellipsoid = reference.ellipsoid
-    assert ellipsoid is not None  # as there are angles
-    major, minor = ellipsoid.semi_major_metre, ellipsoid.semi_minor_metre
-    eccentricity = np.sqrt(1 - (minor / major) ** 2)
-    rows = np.arange(window.row_off, window.row_off + window.height + 1, dtype=np.float64)
-    if b or d:
-        cols = np.arange(window.col_off, window.col_off + window.width) + 0.5
-        latitudes = (d * cols + e * (rows[:-1, None] + 0.5) + f) * unit
-        bent = eccentricity * np.sin(latitudes)
-        return np.asarray(determinant * minor**2 * np.cos(latitudes) / (1 - bent**2) ** 2)
-    sines = np.sin(np.clip((e * rows + f) * unit, -np.pi / 2, np.pi / 2))
-    if eccentricity:
-        bent = eccentricity * sines
-        sines = (sines / (1 - bent**2) + np.arctanh(bent) / eccentricity) / 2
-    return np.asarray(minor**2 * abs(a) * unit * np.abs(np.diff(sines)))[:, None]
 
 
 def components(
@@ -213,16 +171,16 @@ class Joiner:
         self,
         window: Window,
         label_map: UInt[np.ndarray, "height width"],
-        areas: Float64[np.ndarray, "rows cols"],
-        confidence: Float64[np.ndarray, " num_classes"],
+        areas: Float64[np.ndarray, "height width"],
+        confidence: Float64[np.ndarray, "height width"],
     ) -> Iterator[Polygons]:
         """Takes a window.
 
         Args:
             window: where it lies in the scene.
             label_map: its class ids.
-            areas: of its pixels in square metres, as `pixel_areas` gives them.
-            confidence: the mean of each class in it; NaN where it is not known.
+            areas: of its pixels, in square metres.
+            confidence: of its pixels; NaN where it is not known.
 
         Yields:
             What is finished: what lies within the window, and what ended with the row before.
@@ -238,9 +196,8 @@ class Joiner:
         offset = np.array([window.col_off, window.row_off])
         outlines[is_class] = shapely.transform(outlines[is_class], lambda xy: xy + offset)
         num_pixels = np.bincount(numbers.ravel())
-        area_m2 = np.bincount(numbers.ravel(), np.broadcast_to(areas, numbers.shape).ravel())
-        confidence_sum = np.full(len(class_ids), np.nan)
-        confidence_sum[is_class] = confidence[class_ids[is_class]] * num_pixels[is_class]
+        area_m2 = np.bincount(numbers.ravel(), areas.ravel())
+        confidence_sum = np.bincount(numbers.ravel(), confidence.ravel())
         found = Polygons(class_ids.astype(np.int64), num_pixels, area_m2, confidence_sum, outlines)
 
         is_within = is_class.copy()
@@ -351,20 +308,20 @@ class GeoParquet:
     A context manager: what it leaves without an error is whole.
     """
 
-    def __init__(self, path: str, *, scene: str, classes: Classes, crs: str | None, transform: Affine) -> None:
+    def __init__(self, path: str, *, scene: str, classes: Classes, crs: str, transform: Transform) -> None:
         """Begins the file.
 
         Args:
             path: on a local disk.
             scene: what the column `scene` holds.
             classes: what the ids stand for.
-            crs: the scene's. None: it is not known.
+            crs: the scene's.
             transform: of the raster in whose pixels the polygons come.
         """
         self._scene = scene
         self._names = pa.array(classes.names)
         self._transform = transform
-        self._crs = None if crs is None else pyproj.CRS.from_user_input(crs).to_json_dict()
+        self._crs = pyproj.CRS.from_user_input(crs).to_json_dict()
         # Without Arrow's own schema, what the file says of itself is all that its readers see.
         self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd", store_schema=False)
         self._waiting: list[pa.Table] = []
@@ -396,8 +353,8 @@ class GeoParquet:
                 pa.array(polygons.class_id, pa.int32()),
                 self._names.take(pa.array(polygons.class_id)),
                 polygons.num_pixels,
-                pa.array(polygons.area_m2, from_pandas=True),  # which takes NaN for null
-                pa.array(polygons.confidence_sum / polygons.num_pixels, from_pandas=True),
+                polygons.area_m2,
+                pa.array(polygons.confidence_sum / polygons.num_pixels, from_pandas=True),  # which takes NaN for null
                 geometry,
                 pa.StructArray.from_arrays(list(bounds.T), fields=list(SCHEMA.field("bbox").type)),
             ],

@@ -78,6 +78,8 @@ class Prediction:
     """Pixels of each class."""
     confidence_sum: Float64[np.ndarray, " num_classes"]
     """Sum over each class's pixels of the probability that the model gave it."""
+    confidence: UInt8[np.ndarray, "height width"] | None = None
+    """That probability of each pixel, from 1 (1/255, or less) to 255; 0 where there are no data. None: not kept."""
 
 
 class Predictor:
@@ -99,6 +101,7 @@ class Predictor:
         device: str = "cpu",
         dtype: DType = "float32",
         num_threads: int | None = None,
+        keeps_confidence: bool = False,
         beat: Callable[[int], object] = lambda num_images: None,
         refined: Callable[[float], object] = lambda seconds: None,
     ) -> None:
@@ -114,6 +117,7 @@ class Predictor:
             dtype: what the forward pass computes in; logits are float32 from there on. An ONNX model's graph says
                 that itself.
             num_threads: threads of the forward pass on a CPU. None: torch's default.
+            keeps_confidence: whether predictions have the confidence of each pixel.
             beat: is called after each forward pass with the number of images, or tiles, in it.
             refined: is called after each image that the CRF refined, with the seconds that it took.
 
@@ -141,6 +145,7 @@ class Predictor:
         self._stride = model.stride(module)
         self._batch_minimum = model.batch_minimum(module) if self._device.type == "cpu" else 1
         self._module = module.to(memory_format=self._memory_format).to(self._device)
+        self._keeps_confidence = keeps_confidence
         self._beat = beat
         self._tell_refined = refined
 
@@ -155,9 +160,9 @@ class Predictor:
 
         Returns:
             The other columns, in their order, with these replaced by `label_map` (binary, the
-            raw array), `num_pixels` and `confidence_sum` (lists, one value a class); `stage` and
-            `reason` are set in rows that were rejected here. Of rasters `height` and `width` are
-            then the core's.
+            raw array), `num_pixels` and `confidence_sum` (lists, one value a class), and `confidence`
+            (binary, the raw array) where it is kept; `stage` and `reason` are set in rows that were
+            rejected here. Of rasters `height` and `width` are then the core's.
         """
         stages, reasons = batch["stage"].to_pylist(), batch["reason"].to_pylist()
         wanted = [row for row, reason in enumerate(reasons) if reason is None]
@@ -186,6 +191,9 @@ class Predictor:
             kept = kept.rename_columns([name.removeprefix("core_") for name in kept.column_names])
         else:
             kept = batch.drop_columns(["pixels", "stage", "reason"])
+        if self._keeps_confidence:
+            kept_maps = [None if p is None or p.confidence is None else p.confidence.tobytes() for p in predictions]
+            columns["confidence"] = pa.array(kept_maps, pa.binary())
         for name, column in columns.items():
             kept = kept.append_column(name, column)
         return kept
@@ -451,6 +459,7 @@ class Predictor:
             label_map=np.full(shape, self._classes.ignore_index, dtype_for(num_classes)),
             num_pixels=np.zeros(num_classes, np.int64),
             confidence_sum=np.zeros(num_classes),
+            confidence=np.zeros(shape, np.uint8) if self._keeps_confidence else None,
         )
 
     def _label(
@@ -502,12 +511,19 @@ class Predictor:
 
         num_pixels = torch.bincount(label_map, minlength=num_classes)[:num_classes]
         confidence_sum = torch.bincount(label_map, confidence.double(), num_classes)[:num_classes]
+        kept = None
+        if self._keeps_confidence:
+            # Not finite is no number of 8 bits; such an image is a reject, by its sums.
+            kept = confidence.nan_to_num(0).mul_(255).round_().clamp_(min=1)
         if valid is not None:
             label_map.masked_fill_(~valid.flatten(), self._classes.ignore_index)
+            if kept is not None:
+                kept.masked_fill_(~valid.flatten(), 0)
         return Prediction(
             label_map=label_map.view(height, width).cpu().numpy().astype(dtype_for(num_classes)),
             num_pixels=num_pixels.cpu().numpy(),
             confidence_sum=confidence_sum.cpu().numpy(),
+            confidence=None if kept is None else kept.to(torch.uint8).view(height, width).cpu().numpy(),
         )
 
     def _argmax(self, logits: Float[Tensor, "batch num_classes h w"], height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -570,10 +586,12 @@ def _size(item: np.ndarray | Raster) -> tuple[int, int]:
 
 def _joined(parts: Sequence[Prediction]) -> Prediction:
     """One below the other."""
+    confidences = [part.confidence for part in parts if part.confidence is not None]
     return Prediction(
         label_map=np.concatenate([part.label_map for part in parts]),
         num_pixels=np.sum([part.num_pixels for part in parts], axis=0),
         confidence_sum=np.sum([part.confidence_sum for part in parts], axis=0),
+        confidence=np.concatenate(confidences) if confidences else None,
     )
 
 

@@ -77,13 +77,15 @@ LABEL_MAPS = pa.schema(
         "crs": pa.string(),
         **{f"transform_{coefficient}": pa.float64() for coefficient in "abcdef"},
         **{side: pa.float64() for side in ("west", "south", "east", "north")},
+        "confidence": pa.binary(),
     }
 )
 """One row an image: its label map as a PNG whose pixel values are class ids.
 
 From `scene` on the columns tell of a window of a scene, and are null for other images: where it begins in the scene
 (in pixels), the scene's CRS (an authority's code, or WKT), the window's affine transform (pixel (col, row) lies at
-x = a·col + b·row + c, y = d·col + e·row + f), and its bounds in EPSG:4326. Pixels without data are `ignore_index`.
+x = a·col + b·row + c, y = d·col + e·row + f), its bounds in EPSG:4326, and, where the run keeps it, the confidence of
+its pixels as a grey PNG, in 255ths. Pixels without data are `ignore_index`, and 0 in `confidence`.
 """
 
 STATISTICS = pa.schema(
@@ -137,7 +139,7 @@ LABELLED = pa.schema(
 """What `Sink.write` takes: a row an image, labelled (`reason` is null) or rejected.
 
 Windows of scenes have the columns of `LABEL_MAPS` that tell of them besides, and `area_sum` (lists of float64, the
-square metres of each class).
+square metres of each class); `confidence` where it is kept.
 """
 
 _PART_BYTES = 64 * 2**20
@@ -407,7 +409,8 @@ class Sink:
             classes: the recipe's.
             run_id: the run that they belong to.
         """
-        sizes = pc.fill_null(pc.binary_length(rows["label_map"]), 0).to_numpy()
+        pngs = [rows[name] for name in ("label_map", "confidence") if name in rows.column_names]
+        sizes = sum(pc.fill_null(pc.binary_length(column), 0).to_numpy() for column in pngs)
         first, size_bytes = 0, 0
         for row, size in enumerate(sizes):
             if row > first and size_bytes + size > _PART_BYTES:

@@ -96,6 +96,9 @@ class Scenes:
     nodata: float | None = None
     """The sample that says that there is no data; likewise."""
 
+    confidence: bool = False
+    """Keep each pixel's confidence as well, which `export` makes a raster of; the label store grows several times."""
+
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 1:
             raise SettingsError(f"scenes.size {self.size}: must be at least 1 pixel")

@@ -312,6 +312,13 @@ def _wrong_with(row: dict[str, Any], statistics: list[dict[str, Any]], classes: 
     if label_map.shape != (row["height"], row["width"]):
         height, width = label_map.shape
         return f"the label map has {height}×{width} pixels (height×width), its row says {row['height']}×{row['width']}"
+    if row.get("confidence") is not None:
+        try:
+            confidence = decode_png(row["confidence"])
+        except Exception as error:  # as above
+            return f"the confidence cannot be decoded: {root_cause(error)}"
+        if confidence.shape != label_map.shape or ((confidence > 0) != (label_map != classes.ignore_index)).any():
+            return "the confidence is not that of the pixels that have a class"
     if row.get("scene") is not None:  # where it holds no data there is no class
         label_map = label_map[label_map != classes.ignore_index]
     if (largest := int(label_map.max(initial=0))) >= len(classes):

@@ -26,6 +26,7 @@ from segray.model import Preprocessing, load, untrained
 from segray.predict import Prediction, Predictor, Raster
 from segray.scene import describe, read
 from segray.tile import Scenes, Tiling, Window
+from segray.verify import Verify, verify
 from tests.graphs import convolutions, described
 from tests.graphs import write as write_model
 from tests.label_store import newest_run
@@ -116,7 +117,7 @@ def labelled(
         source=str(folder),
         sink=str(tmp_path_factory.mktemp("sink") / "labels"),
         model=small_model,
-        scenes=CUT,
+        scenes=dataclasses.replace(CUT, confidence=True),
         max_rejects=1,
     )
     printed = io.StringIO()
@@ -172,6 +173,18 @@ def test_statistics_count_the_pixels_that_have_data(labelled: Labelled) -> None:
         counted = {r["class_id"]: r["num_pixels"] for r in statistics if r["image_id"] == row["image_id"]}
         ids, counts = np.unique(label_map[label_map != VOID], return_counts=True)
         assert counted == dict(zip(ids.tolist(), counts.tolist(), strict=True))
+
+
+def test_kept_confidence_is_that_of_the_pixels_that_have_a_class(labelled: Labelled) -> None:
+    statistics = rows(labelled.job.sink, "statistics")
+    for row in rows(labelled.job.sink, "label_maps"):
+        label_map, confidence = decode_png(row["label_map"]), decode_png(row["confidence"])
+        np.testing.assert_array_equal(confidence == 0, label_map == VOID)
+        for told in statistics:
+            if told["image_id"] == row["image_id"]:
+                mean = confidence[label_map == told["class_id"]].mean() / 255
+                assert mean == pytest.approx(told["mean_confidence"], abs=0.5 / 255)
+    verify(Verify(sink=labelled.job.sink))
 
 
 def test_a_window_without_data_is_a_label_map_of_void(labelled: Labelled) -> None:

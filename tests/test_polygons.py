@@ -1,6 +1,5 @@
 """Polygons of windows, joined: the same as of the whole, whatever the windows are and whichever are missing."""
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from segray.polygons import Joiner, Polygons, components, pixel_areas
+from segray.polygons import Joiner, Polygons, components
 from segray.tile import Window
 
 NODATA = 255
@@ -35,7 +34,8 @@ def joined(label_map: np.ndarray, windows: list[Window], tolerance: float) -> It
     joiner = Joiner(label_map.shape[1], NODATA, tolerance)
     for window in windows:
         where = window.rows, window.cols
-        yield from joiner.add(window, label_map[where], areas[where], CONFIDENCE)
+        confidence = np.append(CONFIDENCE, np.full(NODATA - 1, np.nan))[label_map[where]]
+        yield from joiner.add(window, label_map[where], areas[where], confidence)
     yield from joiner.finish()
 
 
@@ -74,18 +74,3 @@ def test_joined_polygons_are_those_of_the_whole(
             for shape, _ in rasterio.features.shapes(whole, whole != NODATA, connectivity=4)
             for ring in shape["coordinates"]
         ), "there are points on straight lines"
-
-
-def test_areas_of_turned_grids_are_those_of_straight_ones() -> None:
-    """A turn by a right angle has rows where there were columns."""
-    straight = pixel_areas("EPSG:4326", (0.01, 0.0, 5.0, 0.0, -0.01, 60.0), Window(0, 0, 30, 40))
-    turned = pixel_areas("EPSG:4326", (0.0, 0.01, 5.0, -0.01, 0.0, 60.0), Window(0, 0, 40, 30))
-    assert turned == pytest.approx(np.broadcast_to(straight.T, (30, 40)), rel=1e-7)
-
-
-@pytest.mark.parametrize(
-    ("crs", "area_m2"), [("EPSG:32616", 6.0), ("EPSG:2225", 6.0 * (1200 / 3937) ** 2), (None, math.nan)]
-)
-def test_areas_on_a_map_are_in_square_metres_whatever_its_unit(crs: str | None, area_m2: float) -> None:
-    areas = pixel_areas(crs, (2.0, 0.0, 5e5, 0.0, -3.0, 4e6), Window(7, 8, 2, 3))
-    assert areas == pytest.approx(np.full((1, 1), area_m2), rel=1e-12, nan_ok=True)

@@ -55,11 +55,13 @@ def with_module(
     batch_size: int = 16,
     crf: Crf | None = None,
     stride: int = 1,
+    keeps_confidence: bool = False,
 ) -> Predictor:
     """A predictor of three classes whose model is this one."""
     made = copy.copy(_of_three_classes(preprocessing))
     made._module, made._minimum, made._multiple, made._stride = module, 1, 1, stride
     made._tiling, made._batch_size, made._crf = tiling or Tiling(), batch_size, crf
+    made._keeps_confidence = keeps_confidence
     return made
 
 
@@ -751,7 +753,7 @@ def test_a_raster_of_bytes_is_labelled_like_the_image(channels: Any, tiling: Til
 @pytest.mark.parametrize("tiling", [Tiling(), Tiling(size=32, overlap=8)])
 def test_pixels_without_data_are_void_and_count_nowhere(tiling: Tiling) -> None:
     values, valid = scene(40, 60), data_mask(40, 60)
-    made = with_module(Strided(1), FOUR_BANDS, tiling=tiling)
+    made = with_module(Strided(1), FOUR_BANDS, tiling=tiling, keeps_confidence=True)
     raster = Raster(values=values, valid=valid, core=Window(10, 5, 45, 30))
     (prediction,) = only(made.predict_windows([raster]))
     inside = valid[5:35, 10:55]
@@ -760,7 +762,10 @@ def test_pixels_without_data_are_void_and_count_nowhere(tiling: Tiling) -> None:
         prediction.num_pixels, [(prediction.label_map == class_id).sum() for class_id in range(3)]
     )
     assert prediction.num_pixels.sum() == inside.sum()
-    assert (prediction.confidence_sum <= prediction.num_pixels).all()
+    assert prediction.confidence is not None
+    np.testing.assert_array_equal(prediction.confidence == 0, ~inside)
+    sums = [prediction.confidence[prediction.label_map == class_id].sum() / 255 for class_id in range(3)]
+    np.testing.assert_allclose(prediction.confidence_sum, sums, atol=0.5 / 255 * inside.sum())
 
 
 @pytest.mark.parametrize("number", [0, 1e30, np.nan, np.inf])

@@ -249,6 +249,16 @@ DG = part_name(rows(("d", "1"), ("g", "1")))  # by name before the other
             ["e: the label map cannot be decoded: "],
             ["label_maps", "statistics"],
         ),
+        (
+            lambda store: tamper(part(store, "label_maps", "d", "e"), "confidence", b"no PNG", LABEL_MAPS),
+            ["e: the confidence cannot be decoded: "],
+            ["label_maps", "statistics"],
+        ),
+        (
+            lambda store: tamper(part(store, "label_maps", "d", "e"), "confidence", png([[0] * 6] * 4), LABEL_MAPS),
+            ["e: the confidence is not that of the pixels that have a class"],
+            ["label_maps", "statistics"],
+        ),
         (beyond, ["e: the label map holds the id 3, and there are 3 classes"], ["label_maps", "statistics"]),
         (
             lambda store: tamper(part(store, "label_maps", "d", "e"), "version", "2", LABEL_MAPS),
