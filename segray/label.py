@@ -125,7 +125,7 @@ class Label:
     """What the forward pass computes in; float16 on GPUs alone."""
 
     batch_size: int = 16
-    """Images, or tiles, that share a forward pass; beyond 640×640 pixels in proportion fewer."""
+    """Images, or tiles, that share a forward pass; beyond 640×640 pixels (on a CPU 360×360) in proportion fewer."""
 
     actors: str | None = None
     """Copies of the model: 4, or from 2:8 as the load asks; None: one a GPU, or one for each --threads CPUs."""
