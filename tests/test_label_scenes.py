@@ -27,6 +27,7 @@ from segray.predict import Prediction, Predictor, Raster
 from segray.scene import describe, read
 from segray.tile import Scenes, Tiling, Window
 from segray.verify import Verify, verify
+from tests.benchmarks import scenes
 from tests.graphs import convolutions, described
 from tests.graphs import write as write_model
 from tests.label_store import newest_run
@@ -224,6 +225,25 @@ def test_the_summary_speaks_of_windows_and_scenes(labelled: Labelled) -> None:
     assert re.search(r"windows ", labelled.printed)
     assert re.search(r"other files, not scenes\s+│\s+1 ", labelled.printed)
     assert "image" not in labelled.printed
+
+
+def test_a_scene_is_labelled_as_its_quarters_are(small_model: str, ray_cluster: None, tmp_path: Path) -> None:
+    side, size = 300, CUT.size
+    assert size is not None
+    scene = tmp_path / "scenes/whole.tif"
+    write(scene, samples(side, side))
+    begin = scenes.write_quarters(tmp_path / "quarters", scene, side, size)
+    for source, sink in ((scene, "labels"), (tmp_path / "quarters", "of-quarters")):
+        label(Label(source=str(source), sink=str(tmp_path / sink), model=small_model, scenes=CUT))
+    assert scenes.num_alike(str(tmp_path / "labels"), str(tmp_path / "of-quarters"), begin, side, size) == 25
+
+
+def test_no_process_of_a_run_holds_a_scene(small_model: str, tmp_path: Path) -> None:
+    scenes.draw(tmp_path / "scene.tif", 3072)
+    memory = scenes.label(tmp_path / "scene.tif", tmp_path / "labels", "--model", small_model, "--scenes.size", 1024)
+    assert newest_run(str(tmp_path / "labels"))["counts"]["labelled"] == 9
+    assert {"ray::MapBatches", "ray::MapWorker"} <= memory.resident.keys()
+    assert max(memory.resident.values()) < scenes.MAX_BYTES
 
 
 def test_a_second_run_does_nothing_and_opens_no_scene(labelled: Labelled, monkeypatch: pytest.MonkeyPatch) -> None:
