@@ -1112,13 +1112,15 @@ def _print_summary(job: Label, record: Mapping[str, Any]) -> None:
     print(f"run {record['run_id']} of recipe {record['recipe']}: {record['status']}{ended}")
     print_table([noun, ""], rows)
     if counts["labelled"]:
+        has_areas = any(c["area_m2"] is not None for c in record["classes"])
         print_table(
-            ["class", "pixels", "share", noun, "confidence"],
+            ["class", "pixels", "share", *(["hectares"] if has_areas else []), noun, "confidence"],
             [
                 [
                     f"{c['class_id']} {c['class_name']}",
                     f"{c['num_pixels']:,}",
                     f"{c['fraction']:.2%}",
+                    *([f"{c['area_m2'] / 10_000:,.2f}"] if has_areas else []),
                     f"{c['num_images']:,}",
                     "" if c["mean_confidence"] is None else f"{c['mean_confidence']:.3f}",
                 ]

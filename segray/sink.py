@@ -168,6 +168,8 @@ class Receipt:
     """Pixels of each class."""
     confidence_sum: Float64[np.ndarray, " num_classes"]
     """Sum of the confidence over the pixels of each class."""
+    area_sum: Float64[np.ndarray, " num_classes"]
+    """Square metres of each class; 0 where images have no place on Earth."""
     parts: tuple[str, ...]
     """Its parts, as `label_maps/NAME` and `rejects/NAME`."""
 
@@ -448,11 +450,12 @@ class Sink:
         shape = (-1, len(classes))
         num_pixels = _flat(labelled["num_pixels"], np.int64).reshape(shape)
         confidence_sum = _flat(labelled["confidence_sum"], np.float64).reshape(shape)
+        area_sum = np.zeros((1, len(classes)))
         if labelled.num_rows:
             statistics = _statistics(labelled, num_pixels, confidence_sum, classes)
             if "area_sum" in labelled.column_names:
-                areas = _flat(labelled["area_sum"], np.float64).reshape(shape)[np.nonzero(num_pixels)]
-                statistics = statistics.append_column("area_m2", pa.array(areas))
+                area_sum = _flat(labelled["area_sum"], np.float64).reshape(shape)
+                statistics = statistics.append_column("area_m2", pa.array(area_sum[np.nonzero(num_pixels)]))
             part = part_name(labelled)
             self._put_table("statistics", part, _of_run(statistics, run_id), STATISTICS)
             self._put_table("label_maps", part, _of_run(labelled, run_id), LABEL_MAPS)
@@ -469,6 +472,7 @@ class Sink:
             num_images=(num_pixels > 0).sum(0),
             num_pixels=num_pixels.sum(0),
             confidence_sum=confidence_sum.sum(0),
+            area_sum=area_sum.sum(0),
             parts=tuple(parts),
         )
 

@@ -221,7 +221,12 @@ def test_scenes_that_cannot_be_labelled_are_rejects_and_nothing_else_is_lost(lab
     }
 
 
-def test_the_summary_speaks_of_windows_and_scenes(labelled: Labelled) -> None:
+def test_the_summary_speaks_of_windows_scenes_and_hectares(labelled: Labelled) -> None:
+    statistics = rows(labelled.job.sink, "statistics")
+    for told in labelled.run["classes"]:
+        area_m2 = sum(row["area_m2"] for row in statistics if row["class_id"] == told["class_id"])
+        assert told["area_m2"] == pytest.approx(area_m2, rel=1e-9)
+        assert re.search(rf"{told['class_name']} │.*│ +{area_m2 / 10_000:,.2f} │", labelled.printed)
     assert re.search(r"windows ", labelled.printed)
     assert re.search(r"other files, not scenes\s+│\s+1 ", labelled.printed)
     assert "image" not in labelled.printed
