@@ -11,6 +11,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import shapely
+import shapely.affinity
 from affine import Affine
 from jaxtyping import Bool, Float64, UInt
 from rasterio.features import geometry_mask
@@ -102,14 +103,24 @@ class Area:
         return geojson
 
     def touches(self, scene: Scene, size: int) -> Bool[np.ndarray, "rows cols"]:
-        """Which windows of a scene's grid it touches.
+        """Which windows of a scene's grid it touches, or misses by less than a pixel.
 
         Raises:
             Reject: the scene is not on Earth.
         """
-        grid = Window(0, 0, -(-scene.width // size), -(-scene.height // size))
-        transform = Affine(*scene.transform) @ Affine.scale(size)
-        return self._mask(scene, Window(0, 0, scene.width, scene.height), grid, transform, all_touched=True)
+        shape = (-(-scene.height // size), -(-scene.width // size))
+        # As finely as `covers` does, and a pixel more, so that no window is lost of which it would have a pixel.
+        there = self._in_crs(scene, Window(0, 0, scene.width, scene.height), _EDGE_PARTS * max(shape))
+        if not there:
+            return np.zeros(shape, bool)
+        transform = Affine(*scene.transform)
+        masks = [
+            geometry_mask(
+                there, shape, transform @ Affine.translation(*off) @ Affine.scale(size), all_touched=True, invert=True
+            )
+            for off in ((-1, -1), (-1, 1), (1, -1), (1, 1))
+        ]
+        return np.logical_or.reduce(masks)
 
     def covers(self, scene: Scene, window: Window) -> Bool[np.ndarray, "height width"]:
         """Which pixels of a window have their centre in it.
@@ -117,28 +128,36 @@ class Area:
         Raises:
             Reject: the window is not on Earth.
         """
-        return self._mask(scene, window, window, Affine(*scene.window_transform(window)))
+        shape = (window.height, window.width)
+        there = self._in_crs(scene, window, _EDGE_PARTS)
+        if not there:
+            return np.zeros(shape, bool)
+        mask: np.ndarray = geometry_mask(there, shape, Affine(*scene.window_transform(window)), invert=True)
+        return mask
 
-    def _mask(
-        self, scene: Scene, window: Window, grid: Window, transform: Affine, *, all_touched: bool = False
-    ) -> Bool[np.ndarray, "height width"]:
-        """What of it is in a window, on a grid of its own."""
+    def _in_crs(self, scene: Scene, window: Window, num_parts: int) -> list[dict[str, Any]]:
+        """What of it is near a window, in the scene's CRS; edges bend after so many parts of a window's side."""
         west, south, east, north = scene.bounds(window)
         # What lies far away may have no place in the scene's CRS.
         boxes = [(west, east)] if west <= east else [(west, 180.0), (-180.0, east)]
         near: list[shapely.Polygon] = []
         for first, last in boxes:
+            if first == last:
+                continue
             dx, dy = _MARGIN * (last - first), _MARGIN * (north - south)
             clipped = shapely.clip_by_rect(self.polygons, first - dx, south - dy, last + dx, north + dy)
             # Edges are straight in longitude and latitude, which they are not in the scene.
-            bending = shapely.segmentize(clipped, max(last - first, north - south) / _EDGE_PARTS)
+            bending = shapely.segmentize(clipped, max(last - first, north - south) / num_parts)
             near += [part for part in shapely.get_parts(bending) if isinstance(part, shapely.Polygon)]
-        shape = (grid.height, grid.width)
         if not near:
-            return np.zeros(shape, bool)
+            return []
         there = transform_geom("EPSG:4326", scene.crs, [shapely.geometry.mapping(polygon) for polygon in near])
-        mask: np.ndarray = geometry_mask(there, shape, transform, all_touched=all_touched, invert=True)
-        return mask
+        polygons = [shapely.geometry.shape(polygon) for polygon in there]
+        return [
+            shapely.geometry.mapping(shapely.affinity.translate(polygon, *turn))
+            for turn in scene.turns(window)
+            for polygon in polygons
+        ]
 
 
 def windows_of(

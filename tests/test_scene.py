@@ -299,6 +299,7 @@ RPCS = RPC(
     *(1000.0, 500.0, 30.0, 0.1, [0.0] * 19 + [1.0], [0.0] * 20, 100.0, 100.0, -87.0, 0.1),
     *([1.0] + [0.0] * 19, [0.0] * 20, 100.0, 100.0, 1.0, 1.0),
 )
+GEOSTATIONARY = "+proj=geos +h=35786023 +lon_0=-75 +sweep=x"
 LOCAL = 'LOCAL_CS["of a building site",UNIT["metre",1]]'
 NOWHERE: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({"crs": None, "transform": None}, "no CRS and no geotransform; .* gdal_translate -a_srs"),
@@ -310,6 +311,10 @@ NOWHERE: dict[str, tuple[dict[str, Any], str]] = {
     "no size": ({"transform": Affine(10, 0, 5e5, 0, 0, 4e6)}, "a pixel has no size"),
     "metres for degrees": ({"crs": "EPSG:4326"}, "outside its CRS"),
     "beyond its CRS": ({"transform": Affine(10, 0, 1e9, 0, -10, 1e9)}, "outside its CRS"),
+    "a full disk": (
+        {"crs": GEOSTATIONARY, "transform": Affine(4e5, 0, -6e6, 0, -6e5, 6e6)},
+        "edges lie off the Earth, as of a full disk, warp it: gdalwarp",
+    ),
     "local": ({"crs": LOCAL}, "no way leads from its CRS"),
 }
 
@@ -353,6 +358,17 @@ BOUNDS = {
     "up to 180": ("EPSG:4326", Affine(1, 0, 170, 0, -1, 10), 20, 10, (170.0, -10.0, 180.0, 10.0)),
     "from 180": ("EPSG:4326", Affine(1, 0, 180, 0, -1, 10), 20, 10, (-180.0, -10.0, -170.0, 10.0)),
     "the world": ("EPSG:4326", Affine(0.25, 0, -0.125, 0, -0.25, 90.125), 721, 1440, (-180.0, -90.0, 180.0, 90.0)),
+    "from 180 in metres": (
+        *("EPSG:3857", Affine(500, 0, 20037508.342789244, 0, -500, 5e6), 50, 50),
+        (-180.0, 40.7463, -179.7754, 40.9163),
+    ),
+    "up to 180 by a pole": (
+        "EPSG:3031",
+        Affine(500, 0, 0, 0, -500, -1e6),
+        100,
+        100,
+        (177.1376, -80.8153, 180, -80.3472),
+    ),
     "around a pole": ("EPSG:3031", Affine(1e3, 0, -5e4, 0, -1e3, 5e4), 100, 100, (-180.0, -90.0, 180.0, -89.3492)),
 }
 
