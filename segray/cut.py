@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import shapely
@@ -19,9 +18,10 @@ from rasterio.warp import transform_geom
 
 from segray.catalog import described
 from segray.columns import binary
-from segray.errors import Reject, SettingsError
+from segray.errors import Reject, RunError, SettingsError
 from segray.preprocessing import Preprocessing, match_bands
 from segray.scene import Grid, Scene, Transform, read
+from segray.scene.gdal import fetched
 from segray.scene.place import pixel_areas
 from segray.scene.stac import is_item
 from segray.source import image_id
@@ -73,20 +73,28 @@ class Area:
 
     @classmethod
     def load(cls, uri: str) -> "Area":
-        """Reads a GeoJSON file: polygons, or features that are such.
+        """Reads a GeoJSON file: polygons, or features that are such; of those that cross themselves every loop.
 
         Raises:
             SettingsError: it cannot be read, holds other things or nothing, or not longitudes and latitudes.
+            RunError: the store cannot be reached.
         """
         try:
-            with fsspec.open(uri, "rb") as file:
-                found = json.load(file)
+            found = json.loads(fetched(uri))
             features = found["features"] if found["type"] == "FeatureCollection" else [found]
             geometries = [shapely.geometry.shape(feature.get("geometry", feature)) for feature in features]
-            polygons = shapely.MultiPolygon([part for one in geometries for part in shapely.get_parts(one)])
-        except Exception as error:  # whatever the store's client raises, and what is not GeoJSON
+            given = shapely.MultiPolygon([part for one in geometries for part in shapely.get_parts(one)])
+        except RunError:
+            raise
+        except Exception as error:  # what is wrong with the file, and whatever shapely makes of what is not GeoJSON
             fault = " ".join(f"{type(error).__name__}: {error}".split())
             raise SettingsError(f"--scenes.area {uri} is no GeoJSON file of polygons: {fault}") from error
+        # Of a polygon that crosses itself clipping would lose loops.
+        valid = (
+            one if one.is_valid else shapely.make_valid(one, method="structure", keep_collapsed=False)
+            for one in given.geoms
+        )
+        polygons = shapely.MultiPolygon([part for one in valid for part in shapely.get_parts(one) if not part.is_empty])
         if polygons.is_empty:
             raise SettingsError(f"--scenes.area {uri} holds no polygon")
         west, south, east, north = polygons.bounds
@@ -120,7 +128,8 @@ class Area:
             )
             for off in ((-1, -1), (-1, 1), (1, -1), (1, 1))
         ]
-        return np.logical_or.reduce(masks)
+        touched: np.ndarray = np.any(masks, axis=0)
+        return touched
 
     def covers(self, scene: Scene, window: Window) -> Bool[np.ndarray, "height width"]:
         """Which pixels of a window have their centre in it.

@@ -385,6 +385,22 @@ def test_an_area_may_be_a_geometry_a_feature_or_several_and_travels(tmp_path: Pa
         assert area.to_dict() == {"type": "MultiPolygon", "coordinates": [[ring]]}
 
 
+LOOPS: dict[str, tuple[list[tuple[float, float]], float]] = {
+    "a bow-tie": ([(0, 0), (1, 1), (1, 0), (0, 1)], 1 / 2),
+    "a loop over itself": ([(0, 0), (0.75, 0), (0.75, 0.75), (0.25, 0.25), (1, 0.25), (1, 1), (0, 1)], 15 / 16),
+    "a spike": ([(0, 0), (1, 0), (1, 1), (2, 2), (1, 1), (0, 1)], 1),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_an_area_that_crosses_itself_loses_no_loop(name: str, path: str, tmp_path: Path) -> None:
+    ring, share = LOOPS[name]
+    scene = describe(path, "7")
+    corners = [corner(scene, 200 * x, 150 * (1 - y)) for x, y in ring]
+    area = Area.load(write_area(tmp_path / "area.geojson", corners))
+    assert area.covers(scene, Window(0, 0, 200, 150)).mean() == pytest.approx(share, abs=0.01)
+
+
 # Without data
 
 

@@ -80,20 +80,20 @@ def turns(crs: str, grid: Grid) -> list[tuple[float, float]]:
     """
     transform, to_wgs84 = Affine(*grid.transform), _projection(crs).to_wgs84
     cols, rows = np.meshgrid(*(np.linspace(0.5, length - 0.5, 5) for length in (grid.width, grid.height)))
-    xs, ys = transform @ (cols.ravel(), rows.ravel())
-    pixel = math.sqrt(abs(transform.determinant))
+    xs, ys = np.array([transform @ pixel for pixel in zip(cols.flat, rows.flat, strict=True)]).T
+    side = math.sqrt(abs(transform.determinant))
     found = {(0, 0): (0.0, 0.0)}
     with np.errstate(invalid="ignore"):  # where there is no place on Earth
         lons, lats = to_wgs84.transform(xs, ys)
         there = to_wgs84.transform((lons + 180) % 360 - 180, lats, direction="INVERSE")
         for dx, dy in zip(xs - there[0], ys - there[1], strict=True):
-            if not math.isfinite(dx + dy) or max(abs(dx), abs(dy)) < pixel:
+            if not math.isfinite(dx + dy) or max(abs(dx), abs(dy)) < side:
                 continue
             # Where meridians meet, as in pseudocylindrical CRSs, what lies beyond the edge is no second place.
             turned_lons, turned_lats = to_wgs84.transform(xs - dx, ys - dy)
             is_second = (np.abs((turned_lons - lons + 180) % 360 - 180) < 1e-6) & (np.abs(turned_lats - lats) < 1e-6)
             if is_second.all():
-                found.setdefault((round(dx / pixel), round(dy / pixel)), (float(dx), float(dy)))
+                found.setdefault((round(dx / side), round(dy / side)), (float(dx), float(dy)))
     return list(found.values())
 
 
