@@ -19,6 +19,7 @@ from pyproj import Geod, Transformer
 
 from segray import catalog
 from segray.classes import Classes
+from segray.cut import Area
 from segray.errors import SettingsError, SourceError
 from segray.label import Label, label
 from segray.labelmap import decode_png
@@ -32,6 +33,7 @@ from tests.graphs import write as write_model
 from tests.label_store import newest_run
 from tests.rasters import BANDS, DEGREES, DEGREES_GRID, NODATA, samples, write, write_area
 from tests.s3 import BUCKET, Server
+from tests.stac import NUM_A_PAGE, NUM_FOUND, Api, serving
 from tests.test_cut import area_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -297,6 +299,27 @@ def test_where_all_lies_outside_of_the_area_the_run_says_so(
     label(job)
     assert f"1 of 1 scenes lie outside of {area}; nothing of them is labelled" in capsys.readouterr().err
     assert newest_run(job.sink)["counts"]["seen"] == 0
+
+
+def test_a_search_is_asked_once_and_an_area_read_once(
+    small_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    area = write_area(tmp_path / "area.geojson", [(-88.0, 30.0), (-87.0, 30.0), (-87.0, 31.0)])
+    loaded, load_area = [], Area.load
+
+    def load_(uri: str) -> Area:
+        loaded.append(uri)
+        return load_area(uri)
+
+    monkeypatch.setattr(Area, "load", load_)
+    Api.asked.clear()
+    with serving(Api) as api:
+        scenes = dataclasses.replace(CUT, area=area)
+        source, sink = f"{api}/search?collections=s2", str(tmp_path / "labels")
+        label(Label(source=source, sink=sink, model=small_model, scenes=scenes, dry_run=True))
+    assert re.search(rf"windows to label\s+│\s+{NUM_FOUND} ", capsys.readouterr().out), "as their files are missing"
+    assert [path for _, path, _ in Api.asked].count("/search") == -(-NUM_FOUND // NUM_A_PAGE)
+    assert loaded == [area]
 
 
 def test_a_manifest_of_scenes_on_s3_is_labelled_and_not_opened_again(
