@@ -35,12 +35,13 @@ _REJECTED = [pa.field(name, pa.string()) for name in ("stage", "reason")]
 WINDOWS = pa.schema(
     [
         *_IDENTITY,
-        pa.field("pickled", pa.binary()),
+        pa.field("pickled", pa.dictionary(pa.int32(), pa.binary())),
         *(pa.field(name, pa.int32()) for name in ("col_off", "row_off", "width", "height")),
         *_REJECTED,
     ]
 )
-"""A row a window that is to be read, with its scene (pickled); or a scene that is a reject, for `reason`."""
+"""A row a window that is to be read, with its scene (pickled, once for all of its windows); or a scene that is a
+reject, for `reason`."""
 
 RASTERS = pa.schema(
     [
@@ -211,7 +212,7 @@ def windows_of(
         "image_id": [image_id(of_window, scene.version) for of_window in uris],
         "uri": uris,
         "version": [scene.version] * len(wanted),
-        "pickled": [pickle.dumps(scene)] * len(wanted),
+        "pickled": pa.DictionaryArray.from_arrays(np.zeros(len(wanted), np.int32), [pickle.dumps(scene)]),
         **{name: [getattr(core, name) for core in wanted] for name in ("col_off", "row_off", "width", "height")},
         "stage": [None] * len(wanted),
         "reason": [None] * len(wanted),

@@ -881,11 +881,11 @@ def _index(pages: Iterator[_Page], source: Any, per_block: tuple[int, int]) -> _
     num_loose = num_shards = num_present = 0
     is_unversioned = False
     for page in pages:
+        num_loose += page.loose.num_rows
         # Few at first, that all may begin; then more, that millions of images are some thousand blocks.
         size = max(per_block[0], min(per_block[1], num_loose // _NUM_SMALL_BLOCKS))
         blocks += [ray.put(page.loose.slice(row, size)) for row in range(0, page.loose.num_rows, size)]
         blocks += [ray.put(page.shards.slice(row, 1)) for row in range(page.shards.num_rows)]
-        num_loose += page.loose.num_rows
         num_shards += page.shards.num_rows
         num_present += page.num_present
         is_unversioned |= page.is_unversioned
@@ -1017,16 +1017,25 @@ def _print_prospect(
         records = [record for record in store.runs() if record["recipe"] == recipe and record["images_per_second"]]
         others = [other for other in store.recipe_ids() if other != recipe]
     done = sink.done(with_rejects=not job.retry_rejects, repair=False)
-    pages = list(_pages(job, entries, area, sink, done, checkpoint, recipe))
-    loose, shards = (pa.concat_tables(getattr(page, name) for page in pages) for name in ("loose", "shards"))
+    if job.scenes.size is None:
+        from segray.source import ENTRIES as schema
+    else:
+        from segray.cut import WINDOWS as schema
+    some_loose, some_shards = [_kept(job, schema.empty_table())], [schema.empty_table()]
+    num_present = num_shards_done = num_in_shards_done = 0
+    for page in _pages(job, entries, area, sink, done, checkpoint, recipe):
+        some_loose.append(_kept(job, page.loose))
+        some_shards.append(page.shards)
+        num_present += page.num_present
+        num_shards_done += page.num_shards_done
+        num_in_shards_done += page.num_in_shards_done
+    loose, shards = pa.concat_tables(some_loose), pa.concat_tables(some_shards)
     num_loose, num_shards = loose.num_rows, shards.num_rows
-    num_shards_done = sum(page.num_shards_done for page in pages)
     if num_shards_done:
-        per_shard = sum(page.num_in_shards_done for page in pages) / num_shards_done
+        per_shard = num_in_shards_done / num_shards_done
     else:
         per_shard = num_members(shards["uri"][0].as_py(), job.column) if num_shards else 0
     beside = f" (beside {', '.join(others)})" if others else ""
-    num_present = sum(page.num_present for page in pages)
     changed = ["of these, changed since they were labelled", f"{sink.num_changed(_versions(loose, shards)):,}"]
     if job.scenes.size is None:
         found = [
@@ -1072,6 +1081,11 @@ def _print_prospect(
     )
 
 
+def _kept(job: Label, loose: pa.Table) -> pa.Table:
+    """What a dry run needs of images, of which there may be millions: all, where a sample is taken."""
+    return loose if job.sample is not None else _versions(loose)
+
+
 def _versions(*tables: pa.Table) -> pa.Table:
     return pa.concat_tables(table.select(["uri", "version"]) for table in tables)
 
@@ -1093,7 +1107,7 @@ def _time_sample(
         for table, size in ((loose, _per_block(job)[0]), (shards, 1)):
             # From all over the index, as its beginning may be like itself alone.
             rows = np.unique(np.linspace(0, table.num_rows, job.sample, endpoint=False, dtype=int))
-            some = table.take(pa.array(rows[: table.num_rows]))
+            some = pa.concat_tables([table.slice(0, 0), *(table.slice(row, 1) for row in rows)])
             blocks += [ray.put(some.slice(row, size)) for row in range(0, some.num_rows, size)]
         ledger = _start_ledger(ray, "sample", job.sample, None)
         chain = _chain(job, area, checkpoint, _placed(job, ray), blocks, done, ledger, _forget)

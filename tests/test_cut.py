@@ -11,6 +11,7 @@ import rasterio
 from affine import Affine
 from pyproj import Transformer
 from rasterio.enums import ColorInterp
+from ray._private.arrow_serialization import _arrow_table_reduce
 
 from segray import cut
 from segray.cut import RASTERS, WINDOWS, Area, areas_by_class, read_windows, windows_of
@@ -84,6 +85,19 @@ def test_the_windows_of_a_scene_are_its_cores_row_by_row_with_ids_of_their_own(p
     assert [(row["row_off"], row["col_off"]) for row in found] == [
         (r, c) for r in (0, 64, 128) for c in (0, 64, 128, 192)
     ]
+
+
+def test_a_block_of_windows_holds_its_scenes_once_and_no_others(tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"{name}.tif", samples(400, 400)) for name in "ab"]
+    found = [windows(path, scenes=Scenes(size=4)) for path in paths]
+    scenes = [one["pickled"][0].as_py() for one in found]
+    index = pa.concat_tables([WINDOWS.empty_table(), *(one.filter(pa.array([True] * 100**2)) for one in found)])
+    for first, expected in ((0, [1, 0]), (100**2 - 30, [1, 1]), (100**2 + 5000, [0, 1])):
+        block = index.slice(first, 60)
+        as_ray_keeps_it = pickle.dumps(_arrow_table_reduce(block))
+        assert [as_ray_keeps_it.count(scene) for scene in scenes] == expected
+        assert block.nbytes < len(as_ray_keeps_it) < 30_000
+        assert pickle.loads(block["pickled"][-1].as_py()).uri == paths[expected[1]]
 
 
 def test_bands_are_those_of_the_model_in_its_order(tmp_path: Path) -> None:
