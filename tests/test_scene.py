@@ -232,6 +232,33 @@ def test_a_mask_says_what_is_valid(where: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(values, samples * mask)
 
 
+def test_a_band_may_have_a_mask_of_its_own(tmp_path: Path) -> None:
+    masks = np.ones((2, 8, 9), np.uint8)
+    masks[0, :2], masks[1, :, :3] = 0, 0
+    for name, samples in (("a", numbers(2, 8, 9)), ("masks", masks)):
+        draw(tmp_path / f"{name}.tif", samples)
+    bands = "".join(
+        f'<VRTRasterBand dataType="UInt16" band="{band}">{_source("a", band)}<MaskBand><VRTRasterBand dataType="Byte">'
+        f"{_source('masks', band)}</VRTRasterBand></MaskBand></VRTRasterBand>"
+        for band in (1, 2)
+    )
+    path = tmp_path / "a.vrt"
+    path.write_text(
+        f'<VRTDataset rasterXSize="9" rasterYSize="8"><SRS>{UTM}</SRS>'
+        f"<GeoTransform>452475,10,0,3408645,0,-10</GeoTransform>{bands}</VRTDataset>"
+    )
+    values, valid = read_all(str(path))
+    np.testing.assert_array_equal(valid, masks.all(0))
+    np.testing.assert_array_equal(values, numbers(2, 8, 9) * masks.all(0))
+
+
+def _source(name: str, band: int) -> str:
+    return (
+        f'<SimpleSource><SourceFilename relativeToVRT="1">{name}.tif</SourceFilename><SourceBand>{band}</SourceBand>'
+        "</SimpleSource>"
+    )
+
+
 def test_a_fourth_band_with_a_name_of_its_own_is_no_alpha(tmp_path: Path) -> None:
     samples = numbers(4, 5, 6, dtype="uint8")
     samples[3, :2] = 0
@@ -843,6 +870,13 @@ def test_a_window_from_s3_takes_few_requests_and_no_listing(
             assert "/a.tif" in path_and_query and "list-type" not in path_and_query
 
 
+def test_a_remote_raster_that_was_replaced_is_read_anew(bucket: str, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        samples = numbers(20, 30, seed=seed)
+        scene = describe(put(draw(tmp_path / "a.tif", samples), f"{bucket}/a.tif"), str(seed))
+        np.testing.assert_array_equal(read(scene, whole(scene))[0][0], samples)
+
+
 def test_a_mask_beside_a_remote_raster_is_found(bucket: str, tmp_path: Path) -> None:
     mask = np.eye(20, 30, dtype=bool)
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False):
@@ -852,6 +886,11 @@ def test_a_mask_beside_a_remote_raster_is_found(bucket: str, tmp_path: Path) -> 
     values, valid = read_all(uri)
     np.testing.assert_array_equal(valid, mask)
     np.testing.assert_array_equal(values[0], numbers(20, 30) * mask)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False):
+        draw(tmp_path / "a.tif", numbers(20, 30), mask=~mask)
+    put(f"{path}.msk", f"{uri}.msk")
+    scene = describe(uri, "2")
+    np.testing.assert_array_equal(read(scene, whole(scene))[1], ~mask)
 
 
 def test_an_item_on_s3_names_its_neighbours(bucket: str, tmp_path: Path) -> None:
