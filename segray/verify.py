@@ -435,11 +435,12 @@ def _look_at_scenes(entries: pa.Table, done: np.ndarray, recipe: Mapping[str, An
     preprocessing = Preprocessing.from_dict(recipe["preprocessing"])
     for entry in entries.to_pylist():
         version = entry["version"] or scene_version(entry["uri"], of_scenes.calls)
-        windows = windows_of(entry["uri"], version, of_scenes, wanted, preprocessing, entry["item"]).to_pylist()
-        missing.num_seen += len(windows)
-        for row in np.flatnonzero(~known(np.array([window["image_id"] for window in windows], "S32"), done)):
-            reason = windows[row]["reason"]
-            missing.problems.add([windows[row]["uri"] + (f" ({reason})" if reason else "")])
+        windows = windows_of(entry["uri"], version, of_scenes, wanted, preprocessing, entry["item"])
+        missing.num_seen += windows.num_rows
+        not_done = ~known(np.array(windows["image_id"].to_pylist(), "S32"), done)
+        for window in windows.select(["uri", "reason"]).filter(pa.array(not_done)).to_pylist():
+            reason = window["reason"]
+            missing.problems.add([window["uri"] + (f" ({reason})" if reason else "")])
     return missing
 
 

@@ -669,7 +669,7 @@ def test_a_run_in_which_nothing_goes_on_ends_and_names_what_is_outstanding(
 ) -> None:
     os.mkfifo(photos / "never-ends.jpg")  # whoever reads it waits for a writer
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
-    monkeypatch.setattr("segray.label._IMAGES_PER_BLOCK", 5)
+    monkeypatch.setattr("segray.label._IMAGES_PER_BLOCK", (5, 5))
     sink = str(tmp_path / "labels")
     with (
         monkeypatch.context() as soon,

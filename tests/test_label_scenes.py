@@ -11,20 +11,24 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset as pads
 import pytest
 import rasterio
+import ray
 import shapely
 from pyproj import Geod, Transformer
 
 from segray import catalog
 from segray.classes import Classes
+from segray.cut import Area
 from segray.errors import SettingsError, SourceError
-from segray.label import Label, label
+from segray.label import Label, _index, _Page, label
 from segray.labelmap import decode_png
 from segray.model import Preprocessing, load, untrained
 from segray.predict import Prediction, Predictor, Raster
 from segray.scene import describe, read
+from segray.source import Source
 from segray.tile import Scenes, Tiling, Window
 from segray.verify import Verify, verify
 from tests.benchmarks import scenes
@@ -33,6 +37,7 @@ from tests.graphs import write as write_model
 from tests.label_store import newest_run
 from tests.rasters import BANDS, DEGREES, DEGREES_GRID, NODATA, samples, write, write_area
 from tests.s3 import BUCKET, Server
+from tests.stac import NUM_A_PAGE, NUM_FOUND, Api, serving
 from tests.test_cut import area_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -262,6 +267,22 @@ def test_a_second_run_does_nothing_and_opens_no_scene(labelled: Labelled, monkey
     assert parts == set()
 
 
+def test_a_scene_of_many_windows_is_in_few_blocks_from_the_first_on(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = _Page(
+        loose=pa.table({"uri": [str(number) for number in range(70)]}),
+        shards=pa.table({"uri": pa.array([], pa.string())}),
+        num_present=0,
+        num_shards_done=0,
+        num_in_shards_done=0,
+        is_unversioned=False,
+    )
+    monkeypatch.setattr("segray.label._NUM_SMALL_BLOCKS", 10)
+    index = _index(iter([page, page]), Source("."), (4, 10))
+    assert [ray.get(block).num_rows for block in index.blocks] == [7] * 10 + [10] * 7
+
+
 @pytest.fixture
 def scene(tmp_path: Path) -> str:
     return write(tmp_path / "scenes" / "scene.tif", samples(130, 130))
@@ -322,6 +343,36 @@ def test_where_all_lies_outside_of_the_area_the_run_says_so(
     label(job)
     assert f"1 of 1 scenes lie outside of {area}; nothing of them is labelled" in capsys.readouterr().err
     assert newest_run(job.sink)["counts"]["seen"] == 0
+
+
+def test_a_search_is_asked_once_and_an_area_read_once(
+    small_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    area = write_area(tmp_path / "area.geojson", [(-88.0, 30.0), (-87.0, 30.0), (-87.0, 31.0)])
+    loaded, load_area = [], Area.load
+
+    def load_(uri: str) -> Area:
+        loaded.append(uri)
+        return load_area(uri)
+
+    monkeypatch.setattr(Area, "load", load_)
+    Api.asked.clear()
+    with serving(Api) as api:
+        scenes = dataclasses.replace(CUT, area=area)
+        source, sink = f"{api}/search?collections=s2", str(tmp_path / "labels")
+        label(Label(source=source, sink=sink, model=small_model, scenes=scenes, dry_run=True))
+    assert re.search(rf"windows to label\s+│\s+{NUM_FOUND} ", capsys.readouterr().out), "as their files are missing"
+    assert [path for _, path, _ in Api.asked].count("/search") == -(-NUM_FOUND // NUM_A_PAGE)
+    assert loaded == [area]
+
+
+def test_a_dry_run_of_a_search_that_finds_nothing_says_so(
+    small_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(Api) as api:
+        source, sink = f"{api}/search?collections=empty", str(tmp_path / "labels")
+        label(Label(source=source, sink=sink, model=small_model, scenes=CUT, dry_run=True))
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_a_manifest_of_scenes_on_s3_is_labelled_and_not_opened_again(
