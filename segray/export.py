@@ -40,7 +40,7 @@ from rich.progress import track
 from tyro.conf import Positional
 
 from segray.classes import Classes
-from segray.errors import RunError, SettingsError, SinkError
+from segray.errors import RunError, SettingsError, SinkError, extra
 from segray.labelmap import decode_png
 from segray.progress import note, print_table
 from segray.retry import retrying
@@ -159,12 +159,10 @@ def export(job: Export) -> None:
         SinkError: there is no such store, recipe or scene, or the destination cannot be used.
         RunError: scenes could not be exported; the others are.
     """
-    try:  # what is not installed shall be missed now
+    with extra("geo", "exporting scenes"):  # what is not installed shall be missed now
         import pystac  # noqa: F401
 
         from segray import cog, polygons  # noqa: F401
-    except ImportError as error:
-        raise SettingsError(f"exporting scenes needs the extra geo: pip install 'segray[geo]' ({error})") from error
     store = LabelStore.open(job.sink)
     recipe_id, _ = store.choose(job.recipe)
     recipe = store.recipe(recipe_id)

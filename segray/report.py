@@ -29,7 +29,7 @@ from tyro.conf import Positional
 from segray.classes import RGB, Classes
 from segray.curves import Training, data_uri
 from segray.decode import decode
-from segray.errors import Reject, RunError, SegrayError, SettingsError, SinkError
+from segray.errors import Reject, RunError, SegrayError, SettingsError, SinkError, extra
 from segray.labelmap import class_mask, colourise, decode_png
 from segray.preprocessing import Preprocessing
 from segray.source import read_images
@@ -433,10 +433,8 @@ def _window(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> UInt8[np.ndarr
     Raises:
         SegrayError: there is none; it says why.
     """
-    try:
+    with extra("geo", "a picture of a scene"):
         from segray.picture import picture
-    except ImportError as error:
-        raise SettingsError(f"reading scenes needs the extra geo: pip install 'segray[geo]' ({error})") from error
     return picture(row, Preprocessing.from_dict(recipe["preprocessing"]))
 
 

@@ -20,7 +20,7 @@ from rich.progress import track
 from tyro.conf import Positional
 
 from segray.classes import Classes
-from segray.errors import RunError, SegrayError, SettingsError, SinkError, SourceError
+from segray.errors import RunError, SegrayError, SettingsError, SinkError, SourceError, extra
 from segray.labelmap import decode_png
 from segray.lock import hold
 from segray.preprocessing import Preprocessing
@@ -120,6 +120,7 @@ def verify(job: Verify) -> None:
     Raises:
         SinkError: there is no such store or recipe, or it is empty.
         SourceError: the source cannot be listed or holds no image.
+        SettingsError: the source is of scenes, and the extra `geo` is not installed.
         Locked: a run holds the sink's lock, and `repair` would write.
         RunError: there are problems; they were printed.
     """
@@ -368,7 +369,8 @@ def _source(job: Verify, recipe: Mapping[str, Any]) -> Any:
     assert job.source is not None
     if "scenes" not in recipe:
         return Source(job.source, job.column)
-    from segray.catalog import SceneSource
+    with extra("geo", "a SOURCE of scenes"):
+        from segray.catalog import SceneSource
 
     return SceneSource(job.source, job.column, bands=_scenes(recipe).calls, area=recipe["scenes"]["area"])
 
