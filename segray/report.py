@@ -34,6 +34,7 @@ from segray.labelmap import class_mask, colourise, decode_png
 from segray.preprocessing import Preprocessing
 from segray.source import read_images
 from segray.store import LabelStore, image_name
+from segray.tile import Scenes
 
 __all__ = ["Report", "report"]
 
@@ -435,7 +436,7 @@ def _window(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> UInt8[np.ndarr
     """
     with extra("geo", "a picture of a scene"):
         from segray.picture import picture
-    return picture(row, Preprocessing.from_dict(recipe["preprocessing"]))
+    return picture(row, Preprocessing.from_dict(recipe["preprocessing"]), Scenes.from_dict(recipe["scenes"]))
 
 
 def _jpeg(pixels: UInt8[np.ndarray, "height width 3"], size: tuple[int, int]) -> str:

@@ -1,7 +1,8 @@
 """Window, Tiling, Scenes: how what is too large for the model, or for the memory, is cut."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from segray.errors import SettingsError
 
@@ -111,6 +112,12 @@ class Scenes:
             raise SettingsError(f"scenes.bands {' '.join(self.bands)}: give each as NAME=WHAT, such as red=B4")
         if len({name.casefold() for name in names}) < len(names):
             raise SettingsError(f"scenes.bands {' '.join(self.bands)}: a name stands there twice")
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Scenes":
+        """How the scenes of a recipe were cut; its area stands in the recipe itself."""
+        told = {name: value for name, value in fields.items() if name != "area"}
+        return cls(**told | {"bands": tuple(told.get("bands", ()))})
 
     @property
     def calls(self) -> dict[str, str]:

@@ -372,7 +372,8 @@ def _source(job: Verify, recipe: Mapping[str, Any]) -> Any:
     with extra("geo", "a SOURCE of scenes"):
         from segray.catalog import SceneSource
 
-    return SceneSource(job.source, job.column, bands=_scenes(recipe).calls, area=recipe["scenes"]["area"])
+    bands = Scenes.from_dict(recipe["scenes"]).calls
+    return SceneSource(job.source, job.column, bands=bands, area=recipe["scenes"]["area"])
 
 
 def _find_missing(ray: Any, source: Any, recipe: Mapping[str, Any], done: np.ndarray) -> _Missing:
@@ -432,7 +433,7 @@ def _look_at_scenes(entries: pa.Table, done: np.ndarray, recipe: Mapping[str, An
     from segray.cut import Area, windows_of
 
     missing = _Missing()
-    of_scenes, area = _scenes(recipe), recipe["scenes"]["area"]
+    of_scenes, area = Scenes.from_dict(recipe["scenes"]), recipe["scenes"]["area"]
     wanted = None if area is None else Area(shapely.MultiPolygon(shapely.geometry.shape(area)))
     preprocessing = Preprocessing.from_dict(recipe["preprocessing"])
     for entry in entries.to_pylist():
@@ -443,12 +444,6 @@ def _look_at_scenes(entries: pa.Table, done: np.ndarray, recipe: Mapping[str, An
             reason = windows[row]["reason"]
             missing.problems.add([windows[row]["uri"] + (f" ({reason})" if reason else "")])
     return missing
-
-
-def _scenes(recipe: Mapping[str, Any]) -> Scenes:
-    """How the scenes of a recipe were cut; its area stands in the recipe itself."""
-    told = {name: value for name, value in recipe["scenes"].items() if name != "area"}
-    return Scenes(**told | {"bands": tuple(told.get("bands", ()))})
 
 
 def _check_runs(store: LabelStore, recipe_id: str | None, problems: _Problems) -> int:
