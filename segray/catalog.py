@@ -28,7 +28,7 @@ from shapely.geometry import shape
 from segray.errors import Reject, SettingsError, SourceError
 from segray.scene import Scene, describe
 from segray.scene.gdal import fetched, gdal_path, one_line
-from segray.scene.stac import in_item, is_item
+from segray.scene.stac import in_item, is_item, item_at
 from segray.source import ENTRIES, Source, filesystem, look_up, version_in
 from segray.tile import Scenes
 
@@ -287,9 +287,8 @@ def described(
         Reject: as `describe`.
         RunError: the store cannot be reached.
     """
-    if item is None and is_item(uri):
-        with contextlib.suppress(ValueError):  # of which `describe` says more
-            item = json.loads(fetched(uri))
+    if item is None:
+        item = item_at(uri)
     calls = scenes.calls
     if not calls and item is not None:
         calls = {band.name: band.name for band in in_item(item, uri, lambda path: []) if not band.is_hidden}

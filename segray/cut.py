@@ -25,7 +25,7 @@ from segray.scene.gdal import fetched
 from segray.scene.place import pixel_areas
 from segray.scene.stac import is_item
 from segray.source import image_id
-from segray.tile import Scenes, Window, cores
+from segray.tile import Scenes, Window, cores, window_uri
 
 __all__ = ["RASTERS", "WINDOWS", "Area", "areas_by_class", "read_windows", "windows_of"]
 
@@ -207,7 +207,7 @@ def windows_of(
         known_version = "" if isinstance(version, Reject) else version
         row = {"image_id": image_id(uri, known_version), "uri": uri, "version": known_version}
         return pa.Table.from_pylist([row | {"stage": reject.stage, "reason": reject.reason}], WINDOWS)
-    uris = [f"{scene.uri}#{core.col_off},{core.row_off},{core.width},{core.height}" for core in wanted]
+    uris = [window_uri(scene.uri, core) for core in wanted]
     columns = {
         "image_id": [image_id(of_window, scene.version) for of_window in uris],
         "uri": uris,

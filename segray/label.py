@@ -32,7 +32,7 @@ from segray import metrics, progress
 from segray.classes import Classes
 from segray.columns import binary
 from segray.decode import MAX_PIXELS, decode
-from segray.errors import Reject, RunError, SettingsError, SinkError, SourceError
+from segray.errors import Reject, RunError, SettingsError, SinkError, SourceError, extra
 from segray.labelmap import dtype_for, encode_png
 from segray.progress import Fetched, Ledger, Snapshot, Totals, is_json, note, print_table, say, say_as, watch
 from segray.tile import Scenes, Tiling
@@ -305,7 +305,8 @@ def _source(job: Label, area: Any) -> tuple[Any, Iterator[pa.Table]]:
         source: Any = Source(job.source, job.column)
         wanted = "images and no shards"
     else:
-        from segray.catalog import SceneSource
+        with extra("geo", "--scenes.size"):
+            from segray.catalog import SceneSource
 
         of_area = None if area is None else area.to_dict()
         source = SceneSource(job.source, job.column, bands=job.scenes.calls, area=of_area)
