@@ -194,9 +194,19 @@ def test_outside_of_polygons_is_background_where_there_is_such_a_class(tmp_path:
     np.testing.assert_array_equal(found[1], polygons_drawn(0))
 
 
+def test_class_ids_may_be_floats_and_a_crs_null(tmp_path: Path) -> None:
+    document = json.loads(geojson([(polygon, float(CLASSES.names.index(name))) for polygon, name in POLYGONS]))
+    found = read_window(
+        with_polygons(tmp_path, "a.geojson", json.dumps(document | {"crs": None}).encode()), WHOLE, CLASSES
+    )
+    assert found is not None
+    np.testing.assert_array_equal(found[1], polygons_drawn(VOID))
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        (geojson([(rectangle(0, 0, 9, 9), 1.5)]), "1.5, which is none of the classes soil, crop, water"),
         (geojson([(rectangle(0, 0, 9, 9), "road")]), "'road', which is none of the classes soil, crop, water"),
         (geojson([(rectangle(0, 0, 9, 9), None)]), "a polygon has no property class or class_name or class_id"),
         (b"{", "JSONDecodeError"),

@@ -283,7 +283,7 @@ def _in_geojson(data: bytes) -> tuple[str, list[dict[str, Any]], list[Any]]:
     found = json.loads(data)
     features = [feature for feature in found["features"] if feature["geometry"] is not None]
     # Before RFC 7946 a file said so if it was not in longitude and latitude; GDAL and QGIS still write it.
-    named = found.get("crs", {}).get("properties", {}).get("name")
+    named = ((found.get("crs") or {}).get("properties") or {}).get("name")
     crs = CRS.from_user_input(named).to_wkt() if named else _LONGITUDE_LATITUDE
     return crs, [feature["geometry"] for feature in features], [_value(feature["properties"]) for feature in features]
 
@@ -314,6 +314,8 @@ def _value(properties: Mapping[str, Any] | None) -> Any:
 def _class_id(value: Any, classes: Classes) -> int:
     if value in classes.names:
         return classes.names.index(value)
-    if isinstance(value, int) and (0 <= value < len(classes) or value == classes.ignore_index):
-        return value
+    # Some programs write all numbers as floats.
+    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if is_whole and (0 <= value < len(classes) or value == classes.ignore_index):
+        return int(value)
     raise ValueError(f"a polygon is of {value!r}, which is none of the classes {', '.join(classes.names)}, nor an id")
