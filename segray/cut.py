@@ -199,6 +199,8 @@ def windows_of(
         if isinstance(version, Reject):
             raise version
         scene = _described(uri, version, item, scenes, preprocessing)
+        if preprocessing.bands is None and scenes.scale is None:
+            _check_is_image(scene)
         wanted = cores(scene.height, scene.width, scenes.size)
         if area is not None:
             touched = area.touches(scene, scenes.size)
@@ -236,6 +238,19 @@ def _described(uri: str, version: str, item: str | None, scenes: Scenes, preproc
             if reject.kind != "bands missing":
                 raise
     return described(uri, version, None if item is None else json.loads(item), scenes, match)
+
+
+def _check_is_image(scene: Scene) -> None:
+    """Raises: Reject: nothing says that the scene's values lie in 0–255, as those of images do."""
+    for band in scene.bands:
+        if (band.dtype, band.scale, band.offset) != ("uint8", 1.0, 0.0):
+            raise Reject(
+                "decode",
+                "no image",
+                f"the model sees images, whose values lie in 0–255, and the samples of {band.name} are {band.dtype}, "
+                f"of scale {band.scale:g} and offset {band.offset:g}; say what brings them there: --scenes.scale 0.085 "
+                "where 3000 is to be white, --scenes.scale 1 where they lie there",
+            )
 
 
 def read_windows(windows: pa.Table, scenes: Scenes, area: Area | None) -> Iterator[pa.Table]:

@@ -298,7 +298,9 @@ def _for_bands(given: Checkpoint, preprocessing: Preprocessing) -> Checkpoint:
 
 
 def input_multiple(module: nn.Module) -> int:
-    """What the height and width of its input must be multiples of."""
+    """What the height and width of its input must be multiples of; of a graph, which does not say, that is assumed."""
+    if isinstance(module, onnxgraph.Graph) and module.tile_size is None:
+        return _STRIDE
     if not getattr(module, "requires_divisible_input_shape", False):
         return 1
     encoder: Any = module.encoder

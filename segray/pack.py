@@ -414,11 +414,9 @@ def _receipts(ray: Any, packer: _Packer, plan: _Plan) -> Generator[tuple[str, di
             yield first()
 
     how: dict[str, Any] = {"total": len(plan.shards), "console": Console(stderr=True), "transient": True}
-    try:
-        yield from track(all_of_them(), "Packing shards", **how, disable=not sys.stderr.isatty())
-    finally:
-        for _, reference in waiting:
-            ray.cancel(reference, force=True)
+    # What is left when this breaks off ends with the session: where a task is cancelled while it ends or is sent to its
+    # worker, Ray takes that for a fault of its own, and the whole process exits with 1.
+    yield from track(all_of_them(), "Packing shards", **how, disable=not sys.stderr.isatty())
 
 
 def _pack_shards(packer: _Packer, task: _Task) -> dict[str, Any]:

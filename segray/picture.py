@@ -5,25 +5,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, UInt8
+from jaxtyping import UInt8
 
 from segray.catalog import described
 from segray.errors import Reject
 from segray.preprocessing import Preprocessing, match_bands
+from segray.rgb import colours, stretched
 from segray.scene import Scene, read
 from segray.tile import Scenes, Window
 
-__all__ = ["picture", "stretched"]
+__all__ = ["picture"]
 
-_COLOURS = ("red", "green", "blue")
-_PERCENTILES = (2, 98)
 _NUM_SCENES = 64
 
 
 def picture(
     row: Mapping[str, Any], preprocessing: Preprocessing, scenes: Scenes
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """What a window shows: red, green and blue where the scene has them, else its first three bands, or its first.
+    """What a window shows, in three of the scene's bands.
 
     Args:
         row: of a window, with what `sink.LABEL_MAPS` says of its place.
@@ -50,28 +49,13 @@ def picture(
 @functools.lru_cache(_NUM_SCENES)
 def _looked_at(uri: str, version: str, preprocessing: Preprocessing, scenes: Scenes) -> tuple[Scene, list[int]]:
     """A scene on the grid on which it was labelled, and which of its bands are red, green and blue."""
-    shown: list[str] = []
+    three: list[str] = []
     wanted: list[str] = []
 
     def match(names: Sequence[str]) -> list[str]:
-        by_colour = {name.casefold(): name for name in names}
-        shown.extend(by_colour[colour] for colour in _COLOURS if colour in by_colour)
-        if len(shown) < len(_COLOURS):
-            shown[:] = names[:3] if len(names) >= 3 else [names[0]] * 3
-        wanted.extend(dict.fromkeys([match_bands(preprocessing, names)[0], *shown]))
+        three.extend(names[position] for position in colours(names))
+        wanted.extend(dict.fromkeys([match_bands(preprocessing, names)[0], *three]))
         return wanted
 
     scene = described(uri, version, None, scenes, match)
-    return scene, [wanted.index(name) for name in shown]
-
-
-def stretched(
-    values: Float32[np.ndarray, "3 height width"], valid: Bool[np.ndarray, "height width"]
-) -> UInt8[np.ndarray, "height width 3"]:
-    """Brings the middle 96 % of each band's valid values to 0–255; 0 where not valid."""
-    if not valid.any():
-        return np.zeros((*valid.shape, 3), np.uint8)
-    low, high = np.percentile(values[:, valid], _PERCENTILES, axis=1)[:, :, None, None]
-    shares = np.divide(values - low, high - low, out=np.full(values.shape, 0.5), where=high > low)
-    grey = (255 * np.clip(shares, 0, 1) + 0.5).astype(np.uint8)
-    return np.ascontiguousarray(np.where(valid, grey, 0).transpose(1, 2, 0))
+    return scene, [wanted.index(name) for name in three]

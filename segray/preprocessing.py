@@ -1,6 +1,7 @@
 """Preprocessing: what a model is fed of an image, and which bands of a scene that is."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -43,6 +44,9 @@ class Preprocessing:
             raise SettingsError(
                 f"preprocessing: {len(self.mean)} means and {len(self.std)} stds for {num_channels} channels"
             )
+        numbers = (*self.mean, *self.std)
+        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+            raise SettingsError(f"preprocessing: mean {self.mean} and std {self.std} must be finite numbers")
         if min(self.std) <= 0:
             raise SettingsError(f"preprocessing: std {self.std} must be positive")
         if self.range not in (1, 255):

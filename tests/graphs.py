@@ -61,6 +61,31 @@ def convolutions(
     )
 
 
+def halving(num_halvings: int = 1, num_bands: int = 3, num_classes: int = 3) -> onnx.ModelProto:
+    """A model like a U-Net, which halves its input some times, doubles that again, and adds what it had before."""
+    rng = np.random.default_rng(0)
+    factor = 2**num_halvings
+    weights = [
+        helper.make_tensor(
+            "w", TensorProto.FLOAT, (num_classes, num_bands, 1, 1), rng.normal(size=num_classes * num_bands)
+        ),
+        helper.make_tensor("scales", TensorProto.FLOAT, (4,), (1, 1, factor, factor)),
+    ]
+    nodes = [
+        helper.make_node("Conv", ["image", "w"], ["skipped"]),
+        helper.make_node("MaxPool", ["skipped"], ["small"], kernel_shape=[factor] * 2, strides=[factor] * 2),
+        helper.make_node("Resize", ["small", "", "scales"], ["large"], mode="nearest"),
+        helper.make_node("Add", ["large", "skipped"], ["logits"]),
+    ]
+    given = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", num_bands, "height", "width"])
+    gives = helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)
+    return helper.make_model(
+        helper.make_graph(nodes, "halving", [given], [gives], weights),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=9,
+    )
+
+
 def described(**others: Any) -> dict[str, Any]:
     """The description of `convolutions`, fed as they are with bands from 0 to 3."""
     num_bands = len(others.get("bands", BANDS))

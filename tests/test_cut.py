@@ -107,6 +107,30 @@ def test_bands_are_those_of_the_model_in_its_order(tmp_path: Path) -> None:
     np.testing.assert_array_equal(array(row, "values"), samples(20, 30, 5)[[4, 3, 2, 1]])
 
 
+def test_a_model_of_images_takes_samples_of_8_bits_or_what_a_scale_is_given_for(tmp_path: Path) -> None:
+    plain, deep = (
+        write(tmp_path / f"{dtype}.tif", samples(20, 30, 3).astype(dtype), names=("red", "green", "blue"))
+        for dtype in ("uint8", "uint16")
+    )
+    scaled = write(tmp_path / "scaled.tif", samples(20, 30, 3).astype(np.uint8), names=("red", "green", "blue"))
+    with rasterio.open(scaled, "r+") as file:
+        file.scales = (1e-4,) * 3
+
+    def reason(path: str, scenes: Scenes) -> str | None:
+        (found,) = windows_of(path, "7", scenes, None, Preprocessing())["reason"].to_pylist()
+        return str(found) if found else None
+
+    assert reason(plain, CUT) is None
+    for path, said in ((deep, "red are uint16, of scale 1 "), (scaled, "red are uint8, of scale 0.0001 ")):
+        told = reason(path, CUT)
+        assert told is not None and said in told and "no image: the model sees images" in told
+        assert "--scenes.scale 0.085 where 3000 is to be white" in told
+        assert reason(path, dataclasses.replace(CUT, scale=0.085)) is None
+    assert windows_of(deep, "7", CUT, None, dataclasses.replace(Preprocessing(), channels=("red", "green", "blue")))[
+        "reason"
+    ].to_pylist() == [None]
+
+
 def test_the_last_of_four_bands_is_no_alpha_to_a_model_that_sees_it(path: str) -> None:
     with rasterio.open(path) as file:
         assert file.colorinterp[3] == ColorInterp.alpha, "as GDAL takes it"

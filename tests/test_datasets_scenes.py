@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from rasterio import Affine
 
 from segray.classes import Classes
 from segray.datasets import Pair
-from segray.datasets.scenes import Blocks, ScenePair, look_at, pairs_of, read_window, side_metres
+from segray.datasets.scenes import (
+    Blocks,
+    ScenePair,
+    _polygons,
+    _read_polygons,
+    look_at,
+    pairs_of,
+    read_window,
+    side_metres,
+)
 from segray.datasets.tree import Tree
 from segray.errors import Reject, SourceError
 from segray.scene import describe
@@ -194,13 +204,32 @@ def test_outside_of_polygons_is_background_where_there_is_such_a_class(tmp_path:
     np.testing.assert_array_equal(found[1], polygons_drawn(0))
 
 
+def test_threads_that_ask_for_the_same_polygons_read_them_once(tmp_path: Path) -> None:
+    pair = with_polygons(tmp_path, "a.geojson", geojson(POLYGONS * 200))
+    assert isinstance(pair.target, str)
+    _read_polygons.cache_clear()
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(_polygons, pair.target, pair.target_version, UTM, CLASSES) for _ in range(8)]
+    assert len({id(one.result()) for one in asked}) == 1
+
+
+def test_class_ids_may_be_floats_and_a_crs_null(tmp_path: Path) -> None:
+    document = json.loads(geojson([(polygon, float(CLASSES.names.index(name))) for polygon, name in POLYGONS]))
+    found = read_window(
+        with_polygons(tmp_path, "a.geojson", json.dumps(document | {"crs": None}).encode()), WHOLE, CLASSES
+    )
+    assert found is not None
+    np.testing.assert_array_equal(found[1], polygons_drawn(VOID))
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        (geojson([(rectangle(0, 0, 9, 9), 1.5)]), "1.5, which is none of the classes soil, crop, water"),
         (geojson([(rectangle(0, 0, 9, 9), "road")]), "'road', which is none of the classes soil, crop, water"),
         (geojson([(rectangle(0, 0, 9, 9), None)]), "a polygon has no property class or class_name or class_id"),
         (b"{", "JSONDecodeError"),
-        (geojson([(rectangle(0, 0, 9, 9), 1)]).replace(b"Polygon", b"LineString"), "LineString in it"),
+        (geojson([(rectangle(0, 0, 9, 9).exterior, 1)]), "there are LineString in it; targets are of polygons"),
     ],
 )
 def test_polygons_that_cannot_be_used_are_a_reject(data: bytes, message: str, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from segray.onnxgraph import Graph
 from segray.predict import Prediction, Predictor, Raster
 from segray.tile import Tiling, Window
 from tests.conftest import random_checkpoint
-from tests.graphs import BANDS, convolutions, described, write
+from tests.graphs import BANDS, convolutions, described, halving, write
 
 PUBLISHED = Path(ukis_csmask.__file__).parent
 LANDSAT = ("blue", "green", "red", "nir", "swir16", "swir22")
@@ -169,11 +169,27 @@ def test_a_model_of_images_is_described_like_preprocessing(tmp_path: Path) -> No
     assert loaded.preprocessing == Preprocessing(channels="BGR", range=255, resize=64, mean=(1, 2, 3), std=(4, 5, 6))
     plain = model.load(write(tmp_path / "plain.onnx", convolutions(3), {"classes": 3, "bands": "RGB"}))
     assert plain.preprocessing == Preprocessing()
-    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
     (prediction,) = Predictor(plain.to_bytes).predict([image])
     assert isinstance(prediction, Prediction)
     values = model.normalised(torch.from_numpy(image).permute(2, 0, 1)[None], Preprocessing())
     np.testing.assert_array_equal(prediction.label_map, model.build(plain)(values).argmax(1)[0].numpy())
+
+
+def test_photographs_of_any_size_are_padded_for_a_graph_that_halves_them(tmp_path: Path) -> None:
+    loaded = model.load(write(tmp_path / "m.onnx", halving(5), {"classes": 3, "bands": "RGB"}))
+    image = np.random.default_rng(0).integers(0, 256, (45, 70, 3), np.uint8)
+    (prediction,) = Predictor(loaded.to_bytes).predict([image])
+    assert isinstance(prediction, Prediction)
+    values = model.normalised(torch.from_numpy(image).permute(2, 0, 1)[None], Preprocessing())
+    padded = F.pad(values, (0, 26, 0, 19), mode="replicate")
+    np.testing.assert_array_equal(prediction.label_map, model.build(loaded)(padded).argmax(1)[0, :45, :70].numpy())
+
+
+def test_a_graph_that_asks_for_more_than_multiples_of_32_says_so_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"does not run on 288×288 pixels .*; where it wants another size"):
+        model.load(write(tmp_path / "m.onnx", halving(6), {"classes": 3, "bands": "RGB"}))
+    assert model.load(write(tmp_path / "m.onnx", halving(6), {"classes": 3, "bands": "RGB", "tile_size": 128}))
 
 
 def test_a_batch_of_a_fixed_number_is_filled_up() -> None:
@@ -295,6 +311,7 @@ def without(*names: str, **others: Any) -> dict[str, Any]:
         (without("classes"), "'classes' is missing"),
         (without("bands"), "'bands' is missing"),
         (without("mean"), "mean and std are missing"),
+        (described(mean=["1", "2", "3", "4"]), r"mean \('1', .* must be finite numbers"),
         (described(mean=[1, 2]), "2 means and 4 stds for 4 channels"),
         (described(bands=["a", "b", "c", "A"]), "a band stands twice"),
         (described(bands="RGBN"), "channels 'RGBN' must be 'RGB', 'BGR' or 'L'"),
@@ -379,7 +396,7 @@ def test_a_graph_that_wants_another_size_than_any_says_so_at_once(tmp_path: Path
     proto.graph.node[-1].CopyFrom(helper.make_node("Add", ["step0", "grid"], ["logits"]))
     proto.graph.initializer.append(helper.make_tensor("grid", TensorProto.FLOAT, [96, 96], np.zeros(96 * 96)))
     with pytest.raises(
-        ModelError, match=r"does not run on 256×256 pixels .*; where it wants another size, say so as tile_size"
+        ModelError, match=r"does not run on 288×288 pixels .*; where it wants another size, say so as tile_size"
     ):
         model.load(write(tmp_path / "m.onnx", proto, described()))
     assert model.load(write(tmp_path / "m.onnx", proto, described(tile_size=96)))

@@ -29,6 +29,9 @@ def test_a_model_of_images_has_no_bands(channels: Any) -> None:
     [
         ({"mean": (1, 2, 3)}, "3 means and 4 stds for 4 channels"),
         ({"std": (1, 2, 3, 0)}, "must be positive"),
+        ({"std": (1, 2, 3, float("nan"))}, "std .* must be finite numbers"),
+        ({"mean": (1, 2, 3, float("inf"))}, "mean .* must be finite numbers"),
+        ({"mean": ("1", "2", "3", "4")}, "must be finite numbers"),
         (
             {"resize": 520},
             "range 1 and resize 520 are of images; leave them out beside the bands blue, green, red, nir",

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,11 +17,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import shapely
 from affine import Affine
-from jaxtyping import Float32, UInt
-from pyproj import CRS
-from rasterio.features import bounds as bounds_of
+from jaxtyping import Float32, Int64, Shaped, UInt
+from pyproj import CRS, Transformer
 from rasterio.features import rasterize
-from rasterio.warp import transform_geom
 
 from segray.classes import Classes
 from segray.datasets.dataset import Pair, own_ids, to_class_ids
@@ -49,7 +48,6 @@ _OPEN_FILES = 16
 # A degree is no shorter than this, along a meridian and along the equator.
 _LATITUDE_METRES, _LONGITUDE_METRES = 110_574.0, 111_319.0
 
-_Shape = tuple[dict[str, Any], int]
 _Bounds = tuple[float, float, float, float]
 
 T = TypeVar("T")
@@ -94,7 +92,7 @@ def look_at(pair: Pair, bands: Mapping[str, str] | None, classes: Classes) -> Sc
     scene = _named(pair.image, lambda: describe(pair.image, _version(pair.image), bands=bands))
     version = _named(pair.target, lambda: _version(pair.target or ""))
     if pair.target.lower().endswith(_POLYGONS):
-        _shapes(pair.target, version, scene.crs, classes)
+        _polygons(pair.target, version, scene.crs, classes)
         return ScenePair(scene=scene, target=pair.target, target_version=version)
     target = _named(pair.target, lambda: describe(pair.target or "", version))
     if len(target.bands) != 1:
@@ -237,58 +235,71 @@ def _stored(scene: Scene, window: Window, classes: Classes) -> UInt[np.ndarray, 
 def _drawn(pair: ScenePair, uri: str, window: Window, classes: Classes) -> UInt[np.ndarray, "height width"]:
     """The target that polygons give: a pixel is of that in which its centre lies, the last one where they overlap."""
     transform = Affine(*pair.scene.window_transform(window))
-    corners = [transform @ corner for corner in ((0, 0), (window.width, 0), (0, window.height))]
-    corners.append(transform @ (window.width, window.height))
-    xs, ys = zip(*corners, strict=True)
-    touching = [
-        (geometry, class_id)
-        for (geometry, class_id), (left, bottom, right, top) in _shapes(
-            uri, pair.target_version, pair.scene.crs, classes
-        )
-        if left <= max(xs) and right >= min(xs) and bottom <= max(ys) and top >= min(ys)
-    ]
+    corners = [transform @ (col, row) for col in (0, window.width) for row in (0, window.height)]
+    polygons = _polygons(uri, pair.target_version, pair.scene.crs, classes)
+    touching = np.sort(polygons.tree.query(shapely.box(*np.min(corners, axis=0), *np.max(corners, axis=0))))
     # Where everything else has a class of its own, that is what lies outside; else nobody has said what does.
     ground = classes.names.index(_BACKGROUND) if _BACKGROUND in classes.names else classes.ignore_index
     dtype = np.min_scalar_type(max(len(classes) - 1, classes.ignore_index))
     target = np.full((window.height, window.width), ground, dtype)
-    if touching:
-        rasterize(touching, out=target, transform=transform)
+    if touching.size:
+        shapes = zip(polygons.tree.geometries[touching], polygons.class_ids[touching].tolist(), strict=True)
+        rasterize(shapes, out=target, transform=transform)
     return target
 
 
-@functools.lru_cache(_OPEN_FILES)
-def _shapes(uri: str, version: str, crs: str, classes: Classes) -> list[tuple[_Shape, _Bounds]]:
-    """Polygons in a CRS, with their classes and bounds.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Polygons:
+    """Polygons in a scene's CRS."""
+
+    tree: shapely.STRtree
+    """Holds them, in their file's order."""
+    class_ids: Int64[np.ndarray, " n"]
+    """The class of each."""
+
+
+def _polygons(uri: str, version: str, crs: str, classes: Classes) -> _Polygons:
+    """The polygons of a file, which is read once, however many threads ask for it.
 
     Raises:
         Reject: there is something else in the file, or a polygon is of no class.
     """
+    with _locks[hash(uri) % len(_locks)]:
+        return _read_polygons(uri, version, crs, classes)
+
+
+_locks = [threading.Lock() for _ in range(_OPEN_FILES)]
+
+
+@functools.lru_cache(_OPEN_FILES)
+def _read_polygons(uri: str, version: str, crs: str, classes: Classes) -> _Polygons:
     try:
         fs, path = filesystem(uri)
         data = bytes(retrying(functools.partial(fs.cat_file, path)))
-        from_crs, geometries, values = (_in_parquet if uri.lower().endswith(".parquet") else _in_geojson)(data)
-        others = {geometry["type"] for geometry in geometries} - {"Polygon", "MultiPolygon"}
+        from_crs, polygons, values = (_in_parquet if uri.lower().endswith(".parquet") else _in_geojson)(data)
+        others = {one.geom_type for one in polygons} - {"Polygon", "MultiPolygon"}
         if others:
             raise ValueError(f"there are {', '.join(sorted(others))} in it; targets are of polygons")
-        class_ids = [_class_id(value, classes) for value in values]
-        there = transform_geom(from_crs, crs, geometries) if geometries else []
+        class_ids = np.array([_class_id(value, classes) for value in values], np.int64)
+        there = functools.partial(Transformer.from_crs(from_crs, crs, always_xy=True).transform, errcheck=True)
+        return _Polygons(shapely.STRtree(shapely.transform(polygons, there, interleaved=False)), class_ids)
     except Exception as error:  # whatever the store's client raises, and what is neither GeoJSON nor GeoParquet
         detail = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         raise Reject("decode", "unreadable target", f"{uri}: {detail}") from error
-    return [((geometry, class_id), bounds_of(geometry)) for geometry, class_id in zip(there, class_ids, strict=True)]
 
 
-def _in_geojson(data: bytes) -> tuple[str, list[dict[str, Any]], list[Any]]:
+def _in_geojson(data: bytes) -> tuple[CRS, Shaped[np.ndarray, " n"], list[Any]]:
     """The CRS, the geometries and what their classes are called."""
     found = json.loads(data)
     features = [feature for feature in found["features"] if feature["geometry"] is not None]
     # Before RFC 7946 a file said so if it was not in longitude and latitude; GDAL and QGIS still write it.
-    named = found.get("crs", {}).get("properties", {}).get("name")
-    crs = CRS.from_user_input(named).to_wkt() if named else _LONGITUDE_LATITUDE
-    return crs, [feature["geometry"] for feature in features], [_value(feature["properties"]) for feature in features]
+    named = ((found.get("crs") or {}).get("properties") or {}).get("name")
+    geometries = np.array([shapely.geometry.shape(feature["geometry"]) for feature in features], object)
+    crs = CRS.from_user_input(named or _LONGITUDE_LATITUDE)
+    return crs, geometries, [_value(feature["properties"]) for feature in features]
 
 
-def _in_parquet(data: bytes) -> tuple[str, list[dict[str, Any]], list[Any]]:
+def _in_parquet(data: bytes) -> tuple[CRS, Shaped[np.ndarray, " n"], list[Any]]:
     """As `_in_geojson`, of GeoParquet."""
     table = pq.read_table(io.BytesIO(data))
     described = json.loads(table.schema.metadata[b"geo"])
@@ -296,12 +307,10 @@ def _in_parquet(data: bytes) -> tuple[str, list[dict[str, Any]], list[Any]]:
     told = described["columns"][column].get("crs", _LONGITUDE_LATITUDE)
     if told is None:
         raise ValueError("it does not say in which CRS its polygons are")
-    crs = told if isinstance(told, str) else CRS.from_json_dict(told).to_wkt()
     names = [name for name in _PROPERTIES if name in table.column_names]
-    rows = table.select([column, *names]).to_pylist()
-    rows = [row for row in rows if row[column] is not None]
-    geometries = [json.loads(shapely.to_geojson(shapely.from_wkb(row[column]))) for row in rows]
-    return crs, geometries, [_value(row) for row in rows]
+    table = table.filter(table[column].is_valid())
+    values = [_value(row) for row in table.select(names).to_pylist()]
+    return CRS.from_user_input(told), shapely.from_wkb(table[column].to_numpy()), values
 
 
 def _value(properties: Mapping[str, Any] | None) -> Any:
@@ -314,6 +323,8 @@ def _value(properties: Mapping[str, Any] | None) -> Any:
 def _class_id(value: Any, classes: Classes) -> int:
     if value in classes.names:
         return classes.names.index(value)
-    if isinstance(value, int) and (0 <= value < len(classes) or value == classes.ignore_index):
-        return value
+    # Some programs write all numbers as floats.
+    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if is_whole and (0 <= value < len(classes) or value == classes.ignore_index):
+        return int(value)
     raise ValueError(f"a polygon is of {value!r}, which is none of the classes {', '.join(classes.names)}, nor an id")

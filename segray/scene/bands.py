@@ -29,6 +29,8 @@ class Band:
     """Of its file, as GDAL opens it."""
     index: int
     """In that file, from 1."""
+    dtype: str
+    """Of its samples, as numpy calls it."""
     scale: float = 1.0
     """That samples are multiplied by."""
     offset: float = 0.0

@@ -68,6 +68,7 @@ class _File(NamedTuple):
     crs: str
     grid: Grid
     names: tuple[str, ...]
+    dtypes: tuple[str, ...]
     scales: tuple[float, ...]
     offsets: tuple[float, ...]
     nodata: tuple[float | None, ...]
@@ -108,6 +109,7 @@ def _bands(wanted: Sequence[Listed], look: _Look) -> list[tuple[Band, Grid]]:
             band.name,
             band.path,
             band.index,
+            file.dtypes[band.index - 1],
             scale=file.scales[band.index - 1] if band.scale is None else band.scale,
             offset=file.offsets[band.index - 1] if band.offset is None else band.offset,
             nodata=file.nodata[band.index - 1] if band.nodata is None else band.nodata,
@@ -133,6 +135,7 @@ def _looked_at(dataset: rasterio.DatasetReader) -> _File:
         crs,
         Grid(dataset.height, dataset.width, transform),
         _names(dataset.descriptions, colours),
+        dataset.dtypes,
         dataset.scales,
         dataset.offsets,
         tuple(declared_nodata(nodata) for nodata in dataset.nodatavals),
