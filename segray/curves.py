@@ -245,7 +245,7 @@ def _shown(pair: _Pair | str, prediction: _LabelMap | str, classes: Classes) -> 
 def _photo(image: _Image, bands: _Bands) -> UInt8[np.ndarray, "height width 3"]:
     if bands is None:
         return image
-    valid: np.ndarray = np.isfinite(image).all(axis=2)
+    valid = np.asarray(np.isfinite(image).all(axis=2))
     three = np.where(valid, np.moveaxis(image[:, :, colours(bands)], 2, 0), np.float32(0))
     return stretched(three, valid)
 
