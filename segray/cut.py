@@ -1,6 +1,7 @@
 """Scenes → windows, each a task's work: which there are, and their pixels."""
 
 import json
+import math
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -60,6 +61,7 @@ RASTERS = pa.schema(
 """A row a window that was read, as `predict.Predictor` takes it, with what `sink.LABEL_MAPS` says of its place; or a
 reject."""
 
+_WHITE = 128, 256  # what the largest sample may become
 _VALUES_BYTES = 64 * 2**20
 _EDGE_PARTS = 64  # that a side of a window is worth
 _MARGIN = 0.01
@@ -243,7 +245,8 @@ def _described(uri: str, version: str, item: str | None, scenes: Scenes, preproc
 def _check_is_image(scene: Scene) -> None:
     """Raises: Reject: nothing says that the scene's values lie in 0–255, as those of images do."""
     for band in scene.bands:
-        if (band.dtype, band.scale, band.offset) != ("uint8", 1.0, 0.0):
+        largest = np.iinfo(band.dtype).max * band.scale + band.offset if band.dtype.startswith("uint") else math.inf
+        if not _WHITE[0] <= largest <= _WHITE[1]:
             raise Reject(
                 "decode",
                 "no image",

@@ -107,7 +107,7 @@ def test_bands_are_those_of_the_model_in_its_order(tmp_path: Path) -> None:
     np.testing.assert_array_equal(array(row, "values"), samples(20, 30, 5)[[4, 3, 2, 1]])
 
 
-def test_a_model_of_images_takes_samples_of_8_bits_or_what_a_scale_is_given_for(tmp_path: Path) -> None:
+def test_a_model_of_images_takes_what_lies_in_its_range_or_what_a_scale_is_given_for(tmp_path: Path) -> None:
     plain, deep = (
         write(tmp_path / f"{dtype}.tif", samples(20, 30, 3).astype(dtype), names=("red", "green", "blue"))
         for dtype in ("uint8", "uint16")
@@ -115,12 +115,16 @@ def test_a_model_of_images_takes_samples_of_8_bits_or_what_a_scale_is_given_for(
     scaled = write(tmp_path / "scaled.tif", samples(20, 30, 3).astype(np.uint8), names=("red", "green", "blue"))
     with rasterio.open(scaled, "r+") as file:
         file.scales = (1e-4,) * 3
+    stretched = write(tmp_path / "stretched.tif", samples(20, 30, 3).astype(np.uint16), names=("red", "green", "blue"))
+    with rasterio.open(stretched, "r+") as file:
+        file.scales = (1 / 256,) * 3
 
     def reason(path: str, scenes: Scenes) -> str | None:
         (found,) = windows_of(path, "7", scenes, None, Preprocessing())["reason"].to_pylist()
         return str(found) if found else None
 
     assert reason(plain, CUT) is None
+    assert reason(stretched, CUT) is None
     for path, said in ((deep, "red are uint16, of scale 1 "), (scaled, "red are uint8, of scale 0.0001 ")):
         told = reason(path, CUT)
         assert told is not None and said in told and "no image: the model sees images" in told
