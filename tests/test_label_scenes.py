@@ -252,8 +252,8 @@ def test_no_process_of_a_run_holds_a_scene(small_model: str, tmp_path: Path) -> 
     scenes.draw(tmp_path / "scene.tif", 3072)
     memory = scenes.label(tmp_path / "scene.tif", tmp_path / "labels", "--model", small_model, "--scenes.size", 1024)
     assert newest_run(str(tmp_path / "labels"))["counts"]["labelled"] == 9
-    assert {"ray::MapBatches", "ray::MapWorker"} <= memory.resident.keys()
-    assert max(memory.resident.values()) < scenes.MAX_BYTES
+    assert {"ray::MapBatches", "ray::MapWorker"} <= memory.own.keys()
+    assert max(memory.own.values()) < scenes.MAX_BYTES
 
 
 def test_a_second_run_does_nothing_and_opens_no_scene(labelled: Labelled, monkeypatch: pytest.MonkeyPatch) -> None:
