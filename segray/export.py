@@ -40,10 +40,10 @@ from rich.progress import track
 from tyro.conf import Positional
 
 from segray.classes import Classes
-from segray.errors import RunError, SettingsError, SinkError, extra
+from segray.errors import Reject, RunError, SettingsError, SinkError, extra
 from segray.labelmap import decode_png
 from segray.progress import note, print_table
-from segray.retry import retrying
+from segray.retry import is_refusal, retrying
 from segray.source import filesystem
 from segray.store import LabelStore, image_name
 from segray.tile import Window, scene_and_window, window_uri
@@ -511,13 +511,14 @@ def _item(task: _Task, classes: Classes, totals: np.ndarray) -> dict[str, Any]:
     from pystac.extensions.projection import ProjectionExtension
 
     from segray.cog import classification, dtype_of
+    from segray.scene.stac import is_item
 
     scene, model = task.scene, task.recipe["model"]
     geometry, bbox = _footprint(scene)
     labelled = [
         datetime.strptime(run_id.partition("-")[0], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC) for run_id in scene.runs
     ]
-    times: dict[str, Any] = _acquired(scene.uri) or {
+    times: dict[str, Any] = _acquired(scene) or {
         "datetime": None,
         "start_datetime": labelled[0],
         "end_datetime": labelled[1],
@@ -581,7 +582,7 @@ def _item(task: _Task, classes: Classes, totals: np.ndarray) -> dict[str, Any]:
     ):
         asset = pystac.Asset(f"./{task.name}{suffix}", title=title, media_type=media_type, roles=[role])
         item.add_asset(key, asset)
-    if scene.uri.endswith(".json"):
+    if is_item(scene.uri):
         item.add_link(pystac.Link(pystac.RelType.DERIVED_FROM, scene.uri, media_type=pystac.MediaType.JSON))
     else:
         item.add_asset("source", pystac.Asset(scene.uri, title="The scene", roles=["source"]))
@@ -625,26 +626,38 @@ def _footprint(scene: _Scene) -> tuple[dict[str, Any] | None, list[float] | None
     return geometry, [west, south, east, north]
 
 
-def _acquired(uri: str) -> dict[str, Any] | None:
-    """When a scene was taken, by its STAC item or its TIFF tag, as `pystac.Item` takes it; None where neither tells."""
+def _acquired(scene: _Scene) -> dict[str, Any] | None:
+    """When a scene was taken, by its STAC item or its TIFF tag, as `pystac.Item` takes it.
+
+    Returns:
+        None: neither tells, or the scene is not there any more, or not for whoever exports.
+
+    Raises:
+        RunError: its store cannot be reached.
+    """
     import pystac
-    import rasterio
+
+    from segray.scene.gdal import gdal_path, with_dataset
+    from segray.scene.stac import item_at
 
     try:
-        fs, path = filesystem(uri)
-        if uri.endswith(".json"):
-            told = json.loads(fs.cat_file(path))["properties"]
-            times = {
-                name: None if told.get(name) is None else pystac.utils.str_to_datetime(told[name])
-                for name in ("datetime", "start_datetime", "end_datetime")
-            }
-            return times if any(times.values()) else None
-        how = {} if isinstance(fs, LocalFileSystem) else {"opener": fs}
-        with rasterio.open(path, **how) as raster:
-            told = raster.tags()["TIFFTAG_DATETIME"]
-        return {"datetime": datetime.strptime(told, "%Y:%m:%d %H:%M:%S").replace(tzinfo=UTC)}
-    except Exception:  # whatever is wrong with the scene, which need not be there any more
+        fields = item_at(scene.uri)
+        if fields is None:
+            tags = with_dataset(gdal_path(scene.uri), scene.version, lambda raster: raster.tags())
+            taken = datetime.strptime(tags["TIFFTAG_DATETIME"], "%Y:%m:%d %H:%M:%S")
+            return {"datetime": taken.replace(tzinfo=UTC)}
+        told = fields["properties"]
+        times = {
+            name: None if told.get(name) is None else pystac.utils.str_to_datetime(told[name])
+            for name in ("datetime", "start_datetime", "end_datetime")
+        }
+        return times if any(times.values()) else None
+    except (Reject, KeyError, ValueError, TypeError, AttributeError):  # gone or damaged; or it does not tell
         return None
+    except RunError as error:
+        if is_refusal(error):
+            return None
+        raise
 
 
 def _publish(file: str, uri: str) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from segray.labelmap import encode_png
 from segray.sink import LABEL_MAPS, REJECTS, STATISTICS, part_name
 from segray.source import filesystem, image_id
 from segray.tile import Window
+from tests.stac import serving
 
 CLASSES = Classes(("water", "bare soil", "trees & shrubs"), ((0, 0, 255), (200, 150, 90), (0, 120, 0)))
 UTM = ("EPSG:32616", (10.0, 0.0, 600_000.0, 0.0, -10.0, 4_000_000.0))
@@ -544,21 +546,55 @@ def test_the_item_has_the_time_that_the_scene_tells(where: str, tmp_path: Path, 
     with rasterio.open(tmp_path / "a.tif", "w", **profile, transform=rasterio.Affine(*UTM[1])) as raster:
         raster.update_tags(TIFFTAG_DATETIME="2024:05:01 10:11:12")
     told = {"datetime": None, "start_datetime": "2024-06-01T00:00:00Z", "end_datetime": "2024-06-30T00:00:00Z"}
+    found = {"type": "FeatureCollection", "features": [{"id": "x"}, {"id": "S2/y", "properties": told}]}
+    documents = {"b.json": {"properties": told}, "c.geojson": {"properties": told}, "found.json": found}
     fs, path = filesystem(root)
     fs.makedirs(f"{path}/scenes", exist_ok=True)
     fs.pipe_file(f"{path}/scenes/a.tif", (tmp_path / "a.tif").read_bytes())
-    fs.pipe_file(f"{path}/scenes/b.json", json.dumps({"properties": told}).encode())
+    for name, fields in documents.items():
+        fs.pipe_file(f"{path}/scenes/{name}", json.dumps(fields).encode())
     label_map = np.zeros((9, 9), np.uint8)
-    scenes = [Drawn(uri=f"{root}/scenes/{name}", label_map=label_map) for name in ("a.tif", "b.json")]
+    items = ("b.json", "c.geojson", "found.json#S2%2Fy")
+    scenes = [Drawn(uri=f"{root}/scenes/{name}", label_map=label_map) for name in ("a.tif", *items)]
     write_store(str(tmp_path / "labels"), scenes)
     export(Export(sink=str(tmp_path / "labels"), dest=str(tmp_path / "maps"), processes=1))
-    items = {path.name[0]: json.loads(path.read_text()) for path in (tmp_path / "maps").rglob("*.json")}
-    assert items["a"]["properties"]["datetime"] == "2024-05-01T10:11:12Z"
-    assert {name: items["b"]["properties"][name] for name in told} == told
-    [link] = items["b"]["links"]
-    assert (link["rel"], link["href"]) == ("derived_from", f"{root}/scenes/b.json")
-    for item in items.values():
+    written = {path.name: json.loads(path.read_text()) for path in (tmp_path / "maps").rglob("*.json")}
+    by_scene = {item["properties"]["segray:scene"].rpartition("/")[2]: item for item in written.values()}
+    assert sorted(name.partition("-")[0] for name in written) == ["S2_2Fy", "a", "b", "c"]
+    assert by_scene["a.tif"]["properties"]["datetime"] == "2024-05-01T10:11:12Z"
+    for name in items:
+        assert {field: by_scene[name]["properties"][field] for field in told} == told
+        [link] = by_scene[name]["links"]
+        assert (link["rel"], link["href"]) == ("derived_from", f"{root}/scenes/{name}")
+    for item in written.values():
         validate(item)
+
+
+def test_a_store_that_is_away_is_waited_for_and_a_scene_that_is_gone_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segray.retry.PAUSES_SECONDS", (0.0, 0.0))
+    told = {"properties": {"datetime": "2024-05-01T10:11:12Z"}}
+    answers = {"/items/slow": [503, 503, 200], "/items/gone": [404], "/items/away": [503] * 3}
+
+    class Api(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(answers[self.path].pop(0))
+            self.end_headers()
+            self.wfile.write(json.dumps(told).encode())
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with serving(Api) as url:
+        scenes = [Drawn(uri=url + path, label_map=np.zeros((9, 9), np.uint8)) for path in answers]
+        write_store(str(tmp_path / "labels"), scenes)
+        with pytest.raises(RunError, match="/items/away cannot be exported: the source was tried"):
+            export(Export(sink=str(tmp_path / "labels"), dest=str(tmp_path / "maps"), processes=1))
+    times = {path.name[:4]: json.loads(path.read_text()) for path in (tmp_path / "maps").rglob("*.json")}
+    assert times["slow"]["properties"]["datetime"] == "2024-05-01T10:11:12Z"
+    assert times["gone"]["properties"]["start_datetime"] == "2026-11-22T08:03:01Z"
+    assert len(times) == 2
 
 
 def test_a_footprint_is_cut_at_the_antimeridian(tmp_path: Path) -> None:
