@@ -64,6 +64,8 @@ _STEM_LENGTH = 80
 _REQUESTS_IN_FLIGHT = 32
 _PUTS_IN_FLIGHT = 2  # of 50 MiB each
 _NUM_NAMED = 5
+_DEGREE_DECIMALS = 7
+_ROUNDED_DEGREES = 1e-6
 _EDGE_POINTS = 21  # of a footprint, as the sides of a map's rectangle are no straight lines on another
 
 
@@ -608,7 +610,7 @@ def _footprint(scene: _Scene) -> tuple[dict[str, Any] | None, list[float] | None
     if not np.isfinite(longitudes).all():
         return None, None
     around = np.unwrap(np.append(longitudes, longitudes[0]), period=360)
-    outline = shapely.Polygon(np.stack([around[:-1], latitudes], axis=1).round(7))
+    outline = shapely.Polygon(np.stack([around[:-1], latitudes], axis=1).round(_DEGREE_DECIMALS))
     if abs(around[-1] - around[0]) > 180:
         furthest = latitudes[np.abs(latitudes).argmin()]
         south, north = sorted((furthest, math.copysign(90, furthest)))
@@ -620,6 +622,8 @@ def _footprint(scene: _Scene) -> tuple[dict[str, Any] | None, list[float] | None
             pieces.append(shapely.transform(piece, lambda xy, turn=turn: xy - (turn, 0)))
     west, _, _, _ = pieces[0].bounds
     _, _, east, _ = pieces[-1].bounds
+    if sum(piece.bounds[2] - piece.bounds[0] for piece in pieces) >= 360 - _ROUNDED_DEGREES:
+        west, east = -180.0, 180.0
     south, north = min(piece.bounds[1] for piece in pieces), max(piece.bounds[3] for piece in pieces)
     whole = pieces[0] if len(pieces) == 1 else shapely.MultiPolygon(pieces)
     geometry: dict[str, Any] = json.loads(shapely.to_geojson(shapely.orient_polygons(whole)))

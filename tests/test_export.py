@@ -610,6 +610,18 @@ def test_a_footprint_is_cut_at_the_antimeridian(tmp_path: Path) -> None:
     assert shapely.geometry.shape(item["geometry"]).bounds[::2] == (-180, 180)
 
 
+@pytest.mark.parametrize(("west", "width"), [(0.0, 360), (-180.0, 360), (100.0, 359)])
+def test_the_bounds_of_what_reaches_around_are_all_longitudes(west: float, width: int, tmp_path: Path) -> None:
+    grid = ("EPSG:4326", (1.0, 0.0, west, 0.0, -1.0, 90.0))
+    label_map = np.zeros((180, width), np.uint8)
+    write_store(str(tmp_path / "labels"), [Drawn(uri="a.tif", label_map=label_map, grid=grid, size=360)])
+    export(Export(sink=str(tmp_path / "labels"), dest=str(tmp_path / "maps")))
+    item = item_of(tmp_path / "maps")
+    validate(item)
+    assert item["bbox"] == ([-180, -90, 180, 90] if width == 360 else [100, -90, 99, 90])
+    assert shapely.geometry.shape(item["geometry"]).area == 180 * width
+
+
 def test_a_footprint_with_a_pole_in_it_reaches_around(tmp_path: Path) -> None:
     grid = ("EPSG:3031", (1000.0, 0.0, -50_000.0, 0.0, -1000.0, 50_000.0))
     write_store(str(tmp_path / "labels"), [Drawn(uri="a.tif", label_map=blobs(100, 100), grid=grid)])
