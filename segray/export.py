@@ -211,7 +211,7 @@ def export(job: Export) -> None:
                     num_polygons += result
         except SinkError as error:
             raise RunError(f"broke off: {error}; what is written stays, and the same command goes on") from error
-    _print_gaps([task.scene for task in changed])
+    _print_gaps([task.scene for task in changed], has_area=recipe["scenes"]["area"] is not None)
     rows = [
         ["scenes written", num_written],
         ["scenes that had not changed", len(tasks) - len(changed)],
@@ -533,7 +533,8 @@ def _item(task: _Task, classes: Classes, totals: np.ndarray) -> dict[str, Any]:
         "segray:model": model["name"],
         "segray:model_digest": model["digest"],
         "segray:num_windows": scene.windows.num_rows,
-        "segray:num_missing_windows": scene.num_missing,
+        # Which of them an area left out nobody knows.
+        "segray:num_missing_windows": scene.num_missing if task.recipe["scenes"]["area"] is None else None,
         "segray:num_rejected_windows": len(scene.rejected),
         "segray:classes": [
             {
@@ -687,10 +688,11 @@ def _publish(file: str, uri: str) -> None:
         raise SinkError(f"{uri} cannot be written: {type(error).__name__}: {error}") from error
 
 
-def _print_gaps(scenes: Sequence[_Scene]) -> None:
+def _print_gaps(scenes: Sequence[_Scene], *, has_area: bool) -> None:
     gaps = [scene for scene in scenes if scene.num_missing]
     for scene in gaps[:_NUM_NAMED]:
         which = f"{scene.num_missing:,} of {scene.num_missing + scene.windows.num_rows:,} windows are not labelled"
+        which += ", or lie outside of the recipe's area" if has_area else ""
         number = len(scene.rejected)
         rejects = f" ({number:,} {'was' if number == 1 else 'were'} rejected)" if number else ""
         note(f"{scene.uri}: {which}{rejects}; they are nodata in its raster")

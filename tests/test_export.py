@@ -120,7 +120,15 @@ class Drawn:
         return label_maps, statistics, rejects
 
 
-def write_store(sink: str, scenes: Sequence[Drawn], *, recipe: str = "r1", per_part: int = 3, seed: int = 0) -> None:
+def write_store(
+    sink: str,
+    scenes: Sequence[Drawn],
+    *,
+    recipe: str = "r1",
+    per_part: int = 3,
+    seed: int = 0,
+    area: dict[str, Any] | None = None,
+) -> None:
     """Writes the windows of scenes in no order, some to a part."""
     fs, root = filesystem(sink)
     found: list[Any] = [[row for scene in scenes for row in scene.rows()[table]] for table in range(3)]
@@ -141,7 +149,8 @@ def write_store(sink: str, scenes: Sequence[Drawn], *, recipe: str = "r1", per_p
         _write(fs, f"{root}/rejects/recipe={recipe}/{part_name(table)}", table)
     model = {"name": "unet_resnet18", "digest": "0" * 64, "architecture": "unet", "arguments": {}}
     keeps = any(scene.pixel_confidence is not None for scene in scenes)
-    described = {"recipe": recipe, "model": model, "classes": CLASSES.to_dict(), "scenes": {"confidence": keeps}}
+    of_scenes = {"confidence": keeps, "area": area}
+    described = {"recipe": recipe, "model": model, "classes": CLASSES.to_dict(), "scenes": of_scenes}
     fs.makedirs(f"{root}/recipes", exist_ok=True)
     fs.pipe_file(f"{root}/recipes/{recipe}.json", json.dumps(described).encode())
 
@@ -371,6 +380,21 @@ def test_windows_that_are_missing_hold_no_data_and_the_item_counts_them(
     told = [properties[f"segray:num_{name}windows"] for name in ("", "missing_", "rejected_")]
     assert told == [9, 3, 1]
     note = "a.tif: 3 of 12 windows are not labelled (1 was rejected); they are nodata in its raster"
+    assert note in capsys.readouterr().err
+
+
+def test_windows_that_an_area_leaves_out_are_not_told_as_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = Drawn(uri="a.tif", label_map=blobs(150, 233), left_out=frozenset({1, 11}), rejected=frozenset({11}))
+    write_store(str(tmp_path / "labels"), [drawn], area={"type": "MultiPolygon", "coordinates": []})
+    export(Export(sink=str(tmp_path / "labels"), dest=str(tmp_path / "maps")))
+    properties = item_of(tmp_path / "maps")["properties"]
+    told = [properties[f"segray:num_{name}windows"] for name in ("", "missing_", "rejected_")]
+    assert told == [10, None, 1]
+    note = (
+        "a.tif: 2 of 12 windows are not labelled, or lie outside of the recipe's area (1 was rejected); they are nodata"
+    )
     assert note in capsys.readouterr().err
 
 
