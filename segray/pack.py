@@ -692,7 +692,14 @@ def _load_images(
 def _plan_labels(job: Pack) -> _Plan:
     store = LabelStore.open(job.source)
     recipe_id, run = store.choose(job.recipe)
-    classes = Classes.from_dict(store.recipe(recipe_id)["classes"])
+    recipe = store.recipe(recipe_id)
+    if "scenes" in recipe:
+        raise SourceError(
+            f"{job.source}: recipe {recipe_id} is of scenes; `segray export {job.source} DEST` makes rasters of its "
+            "label maps: put them into targets/, beside images/ with the scenes of the same names, and give "
+            "--dataset scenes"
+        )
+    classes = Classes.from_dict(recipe["classes"])
     parts = store.parts("statistics", recipe_id)
     least = _MIN_CONFIDENCE if job.min_confidence is None else job.min_confidence
     with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:

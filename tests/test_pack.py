@@ -388,6 +388,14 @@ def write_label_store(
     return label_maps
 
 
+def test_label_maps_of_scenes_are_packed_once_they_are_exported(tmp_path: Path) -> None:
+    sink = Sink(str(tmp_path / "labels"), "r1")
+    sink.start({"recipe": "r1", "classes": CLASSES.to_dict(), "scenes": {"size": 32}})
+    sink.write_json("runs/x.json", {"run_id": "x", "recipe": "r1", "job": {"column": None}})
+    with pytest.raises(SourceError, match=r"r1 is of scenes; `segray export .* and give --dataset scenes"):
+        pack(job(tmp_path / "labels", tmp_path / "out", dataset="labels"))
+
+
 def test_sure_label_maps_of_a_label_store_become_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos, rng = tmp_path / "photos", np.random.default_rng(0)
     photos.mkdir()
