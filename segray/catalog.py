@@ -5,7 +5,6 @@ a band: a template with `{band}` in it. Its URI is the raster's, the item's own 
 item that has none, or the template with all but `{band}` filled in.
 """
 
-import contextlib
 import hashlib
 import json
 import re
@@ -28,7 +27,7 @@ from shapely.geometry import shape
 from segray.errors import Reject, SettingsError, SourceError
 from segray.scene import Scene, describe
 from segray.scene.gdal import fetched, gdal_path, one_line
-from segray.scene.stac import in_item, is_item, item_at
+from segray.scene.stac import files_of, in_item, is_item, item_at
 from segray.source import ENTRIES, Source, filesystem, look_up, version_in
 from segray.tile import Scenes
 
@@ -240,7 +239,8 @@ class SceneSource:
                 for found in pool.map(_in_listed, documents[first : first + _SCENES_PER_TABLE]):
                     self.num_other += not found
                     for row in found:
-                        taken |= _files(row)
+                        if row["item"] is not None:
+                            taken |= files_of(json.loads(row["item"]), row["uri"])
                         yield row
         yield from (row for row in rasters if gdal_path(row["uri"]) not in taken)
 
@@ -381,16 +381,6 @@ def _of_item(item: Mapping[str, Any], within: str) -> _Row:
 
 def _row(uri: str, version: str | None, item: Mapping[str, Any] | None = None) -> _Row:
     return {"uri": uri, "version": version, "size_bytes": None, "item": None if item is None else json.dumps(item)}
-
-
-def _files(row: _Row) -> set[str]:
-    """The files of an item, as GDAL opens them."""
-    files = set()
-    with contextlib.suppress(AttributeError, TypeError):  # which `describe` explains
-        for asset in json.loads(row["item"])["assets"].values():
-            with contextlib.suppress(Reject):  # of a scheme that GDAL does not read
-                files.add(gdal_path(pystac.utils.make_absolute_href(asset["href"], row["uri"], start_is_dir=False)))
-    return files
 
 
 def _of_all(versions: Mapping[str, str]) -> str:

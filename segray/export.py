@@ -40,10 +40,10 @@ from rich.progress import track
 from tyro.conf import Positional
 
 from segray.classes import Classes
-from segray.errors import RunError, SettingsError, SinkError, extra
+from segray.errors import Reject, RunError, SettingsError, SinkError, extra
 from segray.labelmap import decode_png
 from segray.progress import note, print_table
-from segray.retry import retrying
+from segray.retry import is_refusal, retrying
 from segray.source import filesystem
 from segray.store import LabelStore, image_name
 from segray.tile import Window, scene_and_window, window_uri
@@ -64,6 +64,8 @@ _STEM_LENGTH = 80
 _REQUESTS_IN_FLIGHT = 32
 _PUTS_IN_FLIGHT = 2  # of 50 MiB each
 _NUM_NAMED = 5
+_DEGREE_DECIMALS = 7
+_ROUNDED_DEGREES = 1e-6
 _EDGE_POINTS = 21  # of a footprint, as the sides of a map's rectangle are no straight lines on another
 
 
@@ -209,7 +211,7 @@ def export(job: Export) -> None:
                     num_polygons += result
         except SinkError as error:
             raise RunError(f"broke off: {error}; what is written stays, and the same command goes on") from error
-    _print_gaps([task.scene for task in changed])
+    _print_gaps([task.scene for task in changed], has_area=recipe["scenes"]["area"] is not None)
     rows = [
         ["scenes written", num_written],
         ["scenes that had not changed", len(tasks) - len(changed)],
@@ -511,13 +513,14 @@ def _item(task: _Task, classes: Classes, totals: np.ndarray) -> dict[str, Any]:
     from pystac.extensions.projection import ProjectionExtension
 
     from segray.cog import classification, dtype_of
+    from segray.scene.stac import is_item
 
     scene, model = task.scene, task.recipe["model"]
     geometry, bbox = _footprint(scene)
     labelled = [
         datetime.strptime(run_id.partition("-")[0], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC) for run_id in scene.runs
     ]
-    times: dict[str, Any] = _acquired(scene.uri) or {
+    times: dict[str, Any] = _acquired(scene) or {
         "datetime": None,
         "start_datetime": labelled[0],
         "end_datetime": labelled[1],
@@ -530,7 +533,8 @@ def _item(task: _Task, classes: Classes, totals: np.ndarray) -> dict[str, Any]:
         "segray:model": model["name"],
         "segray:model_digest": model["digest"],
         "segray:num_windows": scene.windows.num_rows,
-        "segray:num_missing_windows": scene.num_missing,
+        # Which of them an area left out nobody knows.
+        "segray:num_missing_windows": scene.num_missing if task.recipe["scenes"]["area"] is None else None,
         "segray:num_rejected_windows": len(scene.rejected),
         "segray:classes": [
             {
@@ -581,7 +585,7 @@ def _item(task: _Task, classes: Classes, totals: np.ndarray) -> dict[str, Any]:
     ):
         asset = pystac.Asset(f"./{task.name}{suffix}", title=title, media_type=media_type, roles=[role])
         item.add_asset(key, asset)
-    if scene.uri.endswith(".json"):
+    if is_item(scene.uri):
         item.add_link(pystac.Link(pystac.RelType.DERIVED_FROM, scene.uri, media_type=pystac.MediaType.JSON))
     else:
         item.add_asset("source", pystac.Asset(scene.uri, title="The scene", roles=["source"]))
@@ -607,7 +611,7 @@ def _footprint(scene: _Scene) -> tuple[dict[str, Any] | None, list[float] | None
     if not np.isfinite(longitudes).all():
         return None, None
     around = np.unwrap(np.append(longitudes, longitudes[0]), period=360)
-    outline = shapely.Polygon(np.stack([around[:-1], latitudes], axis=1).round(7))
+    outline = shapely.Polygon(np.stack([around[:-1], latitudes], axis=1).round(_DEGREE_DECIMALS))
     if abs(around[-1] - around[0]) > 180:
         furthest = latitudes[np.abs(latitudes).argmin()]
         south, north = sorted((furthest, math.copysign(90, furthest)))
@@ -619,32 +623,46 @@ def _footprint(scene: _Scene) -> tuple[dict[str, Any] | None, list[float] | None
             pieces.append(shapely.transform(piece, lambda xy, turn=turn: xy - (turn, 0)))
     west, _, _, _ = pieces[0].bounds
     _, _, east, _ = pieces[-1].bounds
+    if sum(piece.bounds[2] - piece.bounds[0] for piece in pieces) >= 360 - _ROUNDED_DEGREES:
+        west, east = -180.0, 180.0
     south, north = min(piece.bounds[1] for piece in pieces), max(piece.bounds[3] for piece in pieces)
     whole = pieces[0] if len(pieces) == 1 else shapely.MultiPolygon(pieces)
     geometry: dict[str, Any] = json.loads(shapely.to_geojson(shapely.orient_polygons(whole)))
     return geometry, [west, south, east, north]
 
 
-def _acquired(uri: str) -> dict[str, Any] | None:
-    """When a scene was taken, by its STAC item or its TIFF tag, as `pystac.Item` takes it; None where neither tells."""
+def _acquired(scene: _Scene) -> dict[str, Any] | None:
+    """When a scene was taken, by its STAC item or its TIFF tag, as `pystac.Item` takes it.
+
+    Returns:
+        None: neither tells, or the scene is not there any more, or not for whoever exports.
+
+    Raises:
+        RunError: its store cannot be reached.
+    """
     import pystac
-    import rasterio
+
+    from segray.scene.gdal import gdal_path, with_dataset
+    from segray.scene.stac import item_at
 
     try:
-        fs, path = filesystem(uri)
-        if uri.endswith(".json"):
-            told = json.loads(fs.cat_file(path))["properties"]
-            times = {
-                name: None if told.get(name) is None else pystac.utils.str_to_datetime(told[name])
-                for name in ("datetime", "start_datetime", "end_datetime")
-            }
-            return times if any(times.values()) else None
-        how = {} if isinstance(fs, LocalFileSystem) else {"opener": fs}
-        with rasterio.open(path, **how) as raster:
-            told = raster.tags()["TIFFTAG_DATETIME"]
-        return {"datetime": datetime.strptime(told, "%Y:%m:%d %H:%M:%S").replace(tzinfo=UTC)}
-    except Exception:  # whatever is wrong with the scene, which need not be there any more
+        fields = item_at(scene.uri)
+        if fields is None:
+            tags = with_dataset(gdal_path(scene.uri), scene.version, lambda raster: raster.tags())
+            taken = datetime.strptime(tags["TIFFTAG_DATETIME"], "%Y:%m:%d %H:%M:%S")
+            return {"datetime": taken.replace(tzinfo=UTC)}
+        told = fields["properties"]
+        times = {
+            name: None if told.get(name) is None else pystac.utils.str_to_datetime(told[name])
+            for name in ("datetime", "start_datetime", "end_datetime")
+        }
+        return times if any(times.values()) else None
+    except (Reject, KeyError, ValueError, TypeError, AttributeError):  # gone or damaged; or it does not tell
         return None
+    except RunError as error:
+        if is_refusal(error):
+            return None
+        raise
 
 
 def _publish(file: str, uri: str) -> None:
@@ -670,10 +688,11 @@ def _publish(file: str, uri: str) -> None:
         raise SinkError(f"{uri} cannot be written: {type(error).__name__}: {error}") from error
 
 
-def _print_gaps(scenes: Sequence[_Scene]) -> None:
+def _print_gaps(scenes: Sequence[_Scene], *, has_area: bool) -> None:
     gaps = [scene for scene in scenes if scene.num_missing]
     for scene in gaps[:_NUM_NAMED]:
         which = f"{scene.num_missing:,} of {scene.num_missing + scene.windows.num_rows:,} windows are not labelled"
+        which += ", or lie outside of the recipe's area" if has_area else ""
         number = len(scene.rejected)
         rejects = f" ({number:,} {'was' if number == 1 else 'were'} rejected)" if number else ""
         note(f"{scene.uri}: {which}{rejects}; they are nodata in its raster")

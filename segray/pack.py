@@ -83,12 +83,13 @@ REJECTS = pa.schema(
 )
 """One row for each pair that could not be used: `uri` is that of its image, `reason` is `kind: detail`."""
 
-_PACKING = 1  # to be raised with any change of code that packs other shards
+_PACKING = 2  # to be raised with any change of code that packs other shards
 _IMAGES, _LABELS, _SCENES = "images", "labels", "scenes"  # what is packed beside the kinds of data sets
 _MIN_CONFIDENCE = 0.9
 _WINDOW = 256
 _BLOCK_WINDOWS, _GAP_WINDOWS = 8, 1
 _ROUNDING = 1e-9  # of a mean of floats
+_SHARD_BYTES = 128 * 2**20
 _ROWS_PER_GROUP = 8  # what is read for one pair
 _TASKS_IN_FLIGHT = 256
 _THREADS = 8
@@ -148,7 +149,7 @@ class Pack:
     format: Literal["tar", "parquet"] = "tar"
     """WebDataset tar (NAME.jpg, NAME.target.png), or Parquet (columns name, image, target)."""
     shard_images: int = 512
-    """Images in a shard, at most (nobody knows their sizes beforehand). Each CPU holds a shard in memory."""
+    """Images in a shard, at most; what reaches 128 MiB goes on in another one. Each CPU holds a shard in memory."""
     val_fraction: float | None = None
     """Share of all pairs that makes the split val, drawn by their names, of scenes by where they lie; the others make
     train. None: the data set's own splits."""
@@ -235,7 +236,7 @@ class _Sample(NamedTuple):
 
 
 class _Task(NamedTuple):
-    """What becomes one shard; or several, where it is a shard of SOURCE with more images than one is to have."""
+    """What becomes one shard; or several, where it is more than one is to hold."""
 
     split: str
     """The folder in the sink; empty for the sink itself."""
@@ -438,7 +439,7 @@ def _pack_shards(packer: _Packer, task: _Task) -> dict[str, Any]:
     blanks: list[str] = []
     samples = _samples(packer, task, rejects, blanks)
     write = _tar if packer.format == "tar" else _parquet
-    while some := list(itertools.islice(samples, packer.shard_images)):
+    for some in _together(samples, packer.shard_images):
         name = f"{task.shard}{f'-{len(shards)}' if shards else ''}.{packer.format}"
         data, image_offsets, target_offsets = write(some)
         put(fs, f"{folder}/{name}", data)
@@ -454,6 +455,20 @@ def _pack_shards(packer: _Packer, task: _Task) -> dict[str, Any]:
     receipt = {"shards": shards, "rejects": rejects, "num_blank": len(blanks)}
     put(fs, path, json.dumps(receipt).encode())
     return receipt
+
+
+def _together(samples: Iterable[_Sample], max_images: int) -> Iterator[list[_Sample]]:
+    """Those of each shard."""
+    some: list[_Sample] = []
+    size_bytes = 0
+    for sample in samples:
+        some.append(sample)
+        size_bytes += len(sample.image) + len(sample.target or b"")
+        if len(some) == max_images or size_bytes >= _SHARD_BYTES:
+            yield some
+            some, size_bytes = [], 0
+    if some:
+        yield some
 
 
 def _receipt(fs: Any, folder: str, path: str) -> dict[str, Any] | None:
@@ -690,7 +705,14 @@ def _load_images(
 def _plan_labels(job: Pack) -> _Plan:
     store = LabelStore.open(job.source)
     recipe_id, run = store.choose(job.recipe)
-    classes = Classes.from_dict(store.recipe(recipe_id)["classes"])
+    recipe = store.recipe(recipe_id)
+    if "scenes" in recipe:
+        raise SourceError(
+            f"{job.source}: recipe {recipe_id} is of scenes; `segray export {job.source} DEST` makes rasters of its "
+            "label maps: put them into targets/, beside images/ with the scenes of the same names, and give "
+            "--dataset scenes"
+        )
+    classes = Classes.from_dict(recipe["classes"])
     parts = store.parts("statistics", recipe_id)
     least = _MIN_CONFIDENCE if job.min_confidence is None else job.min_confidence
     with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:

@@ -1,6 +1,7 @@
 """A label store, read back and proved: every part, every label map, every count, as Ray tasks."""
 
 import contextlib
+import math
 import secrets
 import sys
 import threading
@@ -28,7 +29,7 @@ from segray.progress import note, print_table
 from segray.session import root_cause, session
 from segray.source import Source, fetch, image_id, is_shard, known
 from segray.store import LabelStore
-from segray.tile import Scenes
+from segray.tile import Scenes, Window, window_uri
 
 __all__ = ["Verify", "verify"]
 
@@ -41,6 +42,8 @@ _TASKS_IN_FLIGHT = 256
 _ENTRIES_PER_TASK = 32
 _SCENES_PER_TASK = 4
 _ROWS = 64
+_TRANSFORM = tuple(f"transform_{letter}" for letter in "abcdef")
+_AREA_ROUNDING = 1e-6  # of other versions of PROJ, relative
 _PIXELS = 2**24  # counted at once: np.bincount wants 8 bytes a pixel
 
 
@@ -320,8 +323,10 @@ def _wrong_with(row: dict[str, Any], statistics: list[dict[str, Any]], classes: 
             return f"the confidence cannot be decoded: {root_cause(error)}"
         if confidence.shape != label_map.shape or ((confidence > 0) != (label_map != classes.ignore_index)).any():
             return "the confidence is not that of the pixels that have a class"
-    if row.get("scene") is not None:  # where it holds no data there is no class
-        label_map = label_map[label_map != classes.ignore_index]
+    if row.get("scene") is not None:
+        if wrong := _wrong_with_place(row, label_map, statistics, len(classes)):
+            return wrong
+        label_map = label_map[label_map != classes.ignore_index]  # where it holds no data there is no class
     if (largest := int(label_map.max(initial=0))) >= len(classes):
         return f"the label map holds the id {largest}, and there are {len(classes)} classes"
     counts = _count(label_map, len(classes))
@@ -336,6 +341,28 @@ def _wrong_with(row: dict[str, Any], statistics: list[dict[str, Any]], classes: 
         confidence = s["mean_confidence"]
         if confidence is None or not 0 < confidence <= 1:
             return f"the mean_confidence of class {s['class_id']} is {confidence}, not in (0, 1]"
+    return None
+
+
+def _wrong_with_place(
+    row: dict[str, Any], label_map: np.ndarray, statistics: Iterable[dict[str, Any]], num_classes: int
+) -> str | None:
+    """What is wrong with where a window of a scene lies; None: nothing. Areas are left out without the extra `geo`."""
+    uri = window_uri(row["scene"], Window(*(row[name] for name in ("col_off", "row_off", "width", "height"))))
+    if row["uri"] != uri:
+        return f"its columns say that it is {uri}"
+    try:
+        from segray.cut import areas_by_class
+    except ModuleNotFoundError:
+        return None
+    try:
+        areas = areas_by_class(label_map, row["crs"], tuple(row[name] for name in _TRANSFORM), num_classes)
+    except Exception as error:  # PROJ raises whatever it stumbles over
+        return f"its columns tell no place on Earth: {root_cause(error)}"
+    for s in statistics:
+        area_m2 = float(areas[s["class_id"]]) if 0 <= s["class_id"] < num_classes else 0.0
+        if s["area_m2"] is None or not math.isclose(s["area_m2"], area_m2, rel_tol=_AREA_ROUNDING):
+            return f"the area_m2 of class {s['class_id']} is {s['area_m2']}, by its place {area_m2}"
     return None
 
 

@@ -75,6 +75,18 @@ def write_pair(folder: Path, target: np.ndarray, **profile: Any) -> Pair:
     return pair
 
 
+def test_rasters_of_an_item_beside_them_are_no_scenes_of_their_own(tmp_path: Path) -> None:
+    for name in ("a", "a_B08", "b"):
+        write_scene(tmp_path / f"images/{name}.tif")
+    assets = {name: {"href": f"./{name}.tif"} for name in ("a", "a_B08")}
+    (tmp_path / "images/a.json").write_text(json.dumps({"type": "Feature", "assets": assets}))
+    (tmp_path / "images/c.json").write_text("{")
+    for name in ("a", "b", "c"):
+        write_raster(tmp_path / f"targets/{name}.tif", ids()[None])
+    names = [pair.image.rpartition("/")[2] for pair in pairs_of(Tree(str(tmp_path)))]
+    assert names == ["a.json", "b.tif", "c.json"]
+
+
 def rectangle(west: float, north: float, width: float, height: float) -> shapely.Polygon:
     """In pixels of the scene, to coordinates of its CRS."""
     (left, top), (right, bottom) = TRANSFORM @ (west, north), TRANSFORM @ (west + width, north + height)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from segray.labelmap import encode_png
 from segray.sink import LABEL_MAPS, REJECTS, STATISTICS, part_name
 from segray.source import filesystem, image_id
 from segray.tile import Window
+from tests.stac import serving
 
 CLASSES = Classes(("water", "bare soil", "trees & shrubs"), ((0, 0, 255), (200, 150, 90), (0, 120, 0)))
 UTM = ("EPSG:32616", (10.0, 0.0, 600_000.0, 0.0, -10.0, 4_000_000.0))
@@ -118,7 +120,15 @@ class Drawn:
         return label_maps, statistics, rejects
 
 
-def write_store(sink: str, scenes: Sequence[Drawn], *, recipe: str = "r1", per_part: int = 3, seed: int = 0) -> None:
+def write_store(
+    sink: str,
+    scenes: Sequence[Drawn],
+    *,
+    recipe: str = "r1",
+    per_part: int = 3,
+    seed: int = 0,
+    area: dict[str, Any] | None = None,
+) -> None:
     """Writes the windows of scenes in no order, some to a part."""
     fs, root = filesystem(sink)
     found: list[Any] = [[row for scene in scenes for row in scene.rows()[table]] for table in range(3)]
@@ -139,7 +149,8 @@ def write_store(sink: str, scenes: Sequence[Drawn], *, recipe: str = "r1", per_p
         _write(fs, f"{root}/rejects/recipe={recipe}/{part_name(table)}", table)
     model = {"name": "unet_resnet18", "digest": "0" * 64, "architecture": "unet", "arguments": {}}
     keeps = any(scene.pixel_confidence is not None for scene in scenes)
-    described = {"recipe": recipe, "model": model, "classes": CLASSES.to_dict(), "scenes": {"confidence": keeps}}
+    of_scenes = {"confidence": keeps, "area": area}
+    described = {"recipe": recipe, "model": model, "classes": CLASSES.to_dict(), "scenes": of_scenes}
     fs.makedirs(f"{root}/recipes", exist_ok=True)
     fs.pipe_file(f"{root}/recipes/{recipe}.json", json.dumps(described).encode())
 
@@ -372,6 +383,21 @@ def test_windows_that_are_missing_hold_no_data_and_the_item_counts_them(
     assert note in capsys.readouterr().err
 
 
+def test_windows_that_an_area_leaves_out_are_not_told_as_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = Drawn(uri="a.tif", label_map=blobs(150, 233), left_out=frozenset({1, 11}), rejected=frozenset({11}))
+    write_store(str(tmp_path / "labels"), [drawn], area={"type": "MultiPolygon", "coordinates": []})
+    export(Export(sink=str(tmp_path / "labels"), dest=str(tmp_path / "maps")))
+    properties = item_of(tmp_path / "maps")["properties"]
+    told = [properties[f"segray:num_{name}windows"] for name in ("", "missing_", "rejected_")]
+    assert told == [10, None, 1]
+    note = (
+        "a.tif: 2 of 12 windows are not labelled, or lie outside of the recipe's area (1 was rejected); they are nodata"
+    )
+    assert note in capsys.readouterr().err
+
+
 def test_a_scene_that_was_cut_begins_with_its_first_window(tmp_path: Path) -> None:
     drawn = Drawn(uri="a.tif", label_map=blobs(200, 200), left_out=frozenset({0, 1, 2, 3, 4, 8, 12}), grid=ROTATED)
     write_store(str(tmp_path / "labels"), [drawn])
@@ -544,21 +570,55 @@ def test_the_item_has_the_time_that_the_scene_tells(where: str, tmp_path: Path, 
     with rasterio.open(tmp_path / "a.tif", "w", **profile, transform=rasterio.Affine(*UTM[1])) as raster:
         raster.update_tags(TIFFTAG_DATETIME="2024:05:01 10:11:12")
     told = {"datetime": None, "start_datetime": "2024-06-01T00:00:00Z", "end_datetime": "2024-06-30T00:00:00Z"}
+    found = {"type": "FeatureCollection", "features": [{"id": "x"}, {"id": "S2/y", "properties": told}]}
+    documents = {"b.json": {"properties": told}, "c.geojson": {"properties": told}, "found.json": found}
     fs, path = filesystem(root)
     fs.makedirs(f"{path}/scenes", exist_ok=True)
     fs.pipe_file(f"{path}/scenes/a.tif", (tmp_path / "a.tif").read_bytes())
-    fs.pipe_file(f"{path}/scenes/b.json", json.dumps({"properties": told}).encode())
+    for name, fields in documents.items():
+        fs.pipe_file(f"{path}/scenes/{name}", json.dumps(fields).encode())
     label_map = np.zeros((9, 9), np.uint8)
-    scenes = [Drawn(uri=f"{root}/scenes/{name}", label_map=label_map) for name in ("a.tif", "b.json")]
+    items = ("b.json", "c.geojson", "found.json#S2%2Fy")
+    scenes = [Drawn(uri=f"{root}/scenes/{name}", label_map=label_map) for name in ("a.tif", *items)]
     write_store(str(tmp_path / "labels"), scenes)
     export(Export(sink=str(tmp_path / "labels"), dest=str(tmp_path / "maps"), processes=1))
-    items = {path.name[0]: json.loads(path.read_text()) for path in (tmp_path / "maps").rglob("*.json")}
-    assert items["a"]["properties"]["datetime"] == "2024-05-01T10:11:12Z"
-    assert {name: items["b"]["properties"][name] for name in told} == told
-    [link] = items["b"]["links"]
-    assert (link["rel"], link["href"]) == ("derived_from", f"{root}/scenes/b.json")
-    for item in items.values():
+    written = {path.name: json.loads(path.read_text()) for path in (tmp_path / "maps").rglob("*.json")}
+    by_scene = {item["properties"]["segray:scene"].rpartition("/")[2]: item for item in written.values()}
+    assert sorted(name.partition("-")[0] for name in written) == ["S2_2Fy", "a", "b", "c"]
+    assert by_scene["a.tif"]["properties"]["datetime"] == "2024-05-01T10:11:12Z"
+    for name in items:
+        assert {field: by_scene[name]["properties"][field] for field in told} == told
+        [link] = by_scene[name]["links"]
+        assert (link["rel"], link["href"]) == ("derived_from", f"{root}/scenes/{name}")
+    for item in written.values():
         validate(item)
+
+
+def test_a_store_that_is_away_is_waited_for_and_a_scene_that_is_gone_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segray.retry.PAUSES_SECONDS", (0.0, 0.0))
+    told = {"properties": {"datetime": "2024-05-01T10:11:12Z"}}
+    answers = {"/items/slow": [503, 503, 200], "/items/gone": [404], "/items/away": [503] * 3}
+
+    class Api(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(answers[self.path].pop(0))
+            self.end_headers()
+            self.wfile.write(json.dumps(told).encode())
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with serving(Api) as url:
+        scenes = [Drawn(uri=url + path, label_map=np.zeros((9, 9), np.uint8)) for path in answers]
+        write_store(str(tmp_path / "labels"), scenes)
+        with pytest.raises(RunError, match="/items/away cannot be exported: the source was tried"):
+            export(Export(sink=str(tmp_path / "labels"), dest=str(tmp_path / "maps"), processes=1))
+    times = {path.name[:4]: json.loads(path.read_text()) for path in (tmp_path / "maps").rglob("*.json")}
+    assert times["slow"]["properties"]["datetime"] == "2024-05-01T10:11:12Z"
+    assert times["gone"]["properties"]["start_datetime"] == "2026-11-22T08:03:01Z"
+    assert len(times) == 2
 
 
 def test_a_footprint_is_cut_at_the_antimeridian(tmp_path: Path) -> None:
@@ -572,6 +632,18 @@ def test_a_footprint_is_cut_at_the_antimeridian(tmp_path: Path) -> None:
     assert -180 < east < -178 < 178 < west < 180
     assert 8 < south < north < 10
     assert shapely.geometry.shape(item["geometry"]).bounds[::2] == (-180, 180)
+
+
+@pytest.mark.parametrize(("west", "width"), [(0.0, 360), (-180.0, 360), (100.0, 359)])
+def test_the_bounds_of_what_reaches_around_are_all_longitudes(west: float, width: int, tmp_path: Path) -> None:
+    grid = ("EPSG:4326", (1.0, 0.0, west, 0.0, -1.0, 90.0))
+    label_map = np.zeros((180, width), np.uint8)
+    write_store(str(tmp_path / "labels"), [Drawn(uri="a.tif", label_map=label_map, grid=grid, size=360)])
+    export(Export(sink=str(tmp_path / "labels"), dest=str(tmp_path / "maps")))
+    item = item_of(tmp_path / "maps")
+    validate(item)
+    assert item["bbox"] == ([-180, -90, 180, 90] if width == 360 else [100, -90, 99, 90])
+    assert shapely.geometry.shape(item["geometry"]).area == 180 * width
 
 
 def test_a_footprint_with_a_pole_in_it_reaches_around(tmp_path: Path) -> None:

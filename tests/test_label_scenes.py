@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -23,10 +24,12 @@ from segray import catalog
 from segray.classes import Classes
 from segray.cut import Area
 from segray.errors import SettingsError, SourceError
+from segray.export import Export, export
 from segray.label import Label, _index, _Page, label
 from segray.labelmap import decode_png
 from segray.model import Preprocessing, load, untrained
 from segray.predict import Prediction, Predictor, Raster
+from segray.report import Report, report
 from segray.scene import describe, read
 from segray.source import Source
 from segray.tile import Scenes, Tiling, Window
@@ -39,6 +42,7 @@ from tests.rasters import BANDS, DEGREES, DEGREES_GRID, NODATA, samples, write, 
 from tests.s3 import BUCKET, Server
 from tests.stac import NUM_A_PAGE, NUM_FOUND, Api, serving
 from tests.test_cut import area_of
+from tests.test_report import page_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -401,6 +405,37 @@ def test_a_manifest_of_scenes_on_s3_is_labelled_and_not_opened_again(
     counts = newest_run(job.sink)["counts"]
     assert (counts["seen"], counts["labelled"], counts["present"]) == (18, 9, 9)
     assert rows(job.sink, "rejects") == []
+
+
+@pytest.mark.parametrize("kind", ["a file a band", "an item of a saved search"])
+def test_scenes_that_are_no_file_are_verified_shown_and_exported(
+    kind: str, small_model: str, ray_cluster: None, tmp_path: Path
+) -> None:
+    for number, band in enumerate(samples(70, 90), 1):
+        write(tmp_path / f"L_B{number}.TIF", band[None], names=())
+    assets = {name: {"href": f"./L_B{number}.TIF"} for number, name in enumerate(BANDS, 1)}
+    item: dict[str, Any] = {
+        **{"type": "Feature", "stac_version": "1.0.0", "id": "S2/1", "geometry": None, "links": []},
+        **{"properties": {"datetime": "2026-06-01T10:11:12Z"}},
+        "assets": {name: asset | {"eo:bands": [{"name": name}]} for name, asset in assets.items()},
+    }
+    (tmp_path / "found.json").write_text(json.dumps({"type": "FeatureCollection", "features": [item]}))
+    bands = tuple(f"{name}=B{number}" for number, name in enumerate(BANDS, 1))
+    source, scene, scenes = {
+        "a file a band": ("L_{band}.TIF", "L_{band}.TIF", dataclasses.replace(CUT, bands=bands)),
+        "an item of a saved search": ("found.json", "found.json#S2%2F1", CUT),
+    }[kind]
+    job = Label(source=f"{tmp_path}/{source}", sink=f"{tmp_path}/labels", model=small_model, scenes=scenes)
+    label(job)
+    assert {row["scene"] for row in rows(job.sink, "label_maps")} == {f"file://{tmp_path}/{scene}"}
+    verify(Verify(sink=job.sink, source=job.source))
+    [gallery, *others] = page_data(report(Report(sink=job.sink)))["galleries"]
+    shown = [image for group in (gallery, *others) for image in group["images"]]
+    assert len(shown) == 4
+    assert not [image["missing"] for image in shown if image["missing"]]
+    export(Export(sink=job.sink, dest=f"{tmp_path}/maps"))
+    [written] = (json.loads(path.read_text()) for path in (tmp_path / "maps").rglob("*.json"))
+    assert written["properties"]["datetime"] == (item["properties"]["datetime"] if "#" in scene else None)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

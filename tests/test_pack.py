@@ -36,7 +36,8 @@ from segray.decode import decode
 from segray.errors import Locked, Reject, RunError, SettingsError, SinkError, SourceError
 from segray.labelmap import decode_png, encode_png
 from segray.lock import hold
-from segray.pack import Pack, pack
+from segray.pack import Pack, _Sample, _together, pack
+from segray.pairs import Census
 from segray.sink import LABELLED, Sink
 from segray.source import Source, fetch, filesystem, image_id
 from tests.s3 import Server
@@ -386,6 +387,22 @@ def write_label_store(
         [*_] = store.write(pa.Table.from_pylist(rows[first : first + 3], LABELLED), CLASSES, "x")
     store.write_json("runs/x.json", {"run_id": "x", "recipe": "r1", "job": {"column": None}})
     return label_maps
+
+
+def test_a_shard_ends_with_its_last_image_or_with_its_last_byte() -> None:
+    image, census = bytes(50 * 2**20), Census.of(np.zeros((1, 1, 3), np.uint8), np.zeros((1, 1), np.uint8), CLASSES)
+    samples = [_Sample(str(number), "jpg", image, b"", census) for number in range(4)]
+    samples += [_Sample(str(number), "jpg", b"", b"", census) for number in range(4, 9)]
+    names = [[sample.name for sample in some] for some in _together(samples, 4)]
+    assert names == [["0", "1", "2"], ["3", "4", "5", "6"], ["7", "8"]]
+
+
+def test_label_maps_of_scenes_are_packed_once_they_are_exported(tmp_path: Path) -> None:
+    sink = Sink(str(tmp_path / "labels"), "r1")
+    sink.start({"recipe": "r1", "classes": CLASSES.to_dict(), "scenes": {"size": 32}})
+    sink.write_json("runs/x.json", {"run_id": "x", "recipe": "r1", "job": {"column": None}})
+    with pytest.raises(SourceError, match=r"r1 is of scenes; `segray export .* and give --dataset scenes"):
+        pack(job(tmp_path / "labels", tmp_path / "out", dataset="labels"))
 
 
 def test_sure_label_maps_of_a_label_store_become_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

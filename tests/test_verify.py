@@ -20,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from segray.classes import Classes
 from segray.cli import main
+from segray.cut import areas_by_class
 from segray.errors import Locked, RunError, SettingsError, SinkError, SourceError
 from segray.labelmap import encode_png
 from segray.lock import hold
@@ -114,19 +115,53 @@ def test_what_an_earlier_version_wrote_passes(store: Path) -> None:
     verify(Verify(sink=str(store)))
 
 
-def test_a_window_of_a_scene_may_hold_no_data_and_a_plain_image_may_not(
-    store: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+GRID = (10.0, 0.0, 500_120.0, 0.0, -10.0, 5_399_920.0)
+
+
+def window() -> pa.Table:
+    """A window of 4×6 pixels, 4 of each class and 12 without data."""
     label_map = np.repeat(np.array([0, 1, 2, 255], np.uint8), [4, 4, 4, 12]).reshape(4, 6)
-    path, statistics = part(store, "label_maps", "d", "e"), part(store, "statistics", "d", "e")
-    tamper(path, "label_map", encode_png(label_map, CLASSES.palette), LABEL_MAPS)
-    for row in (3, 4, 5):
-        tamper(statistics, "num_pixels", 4, STATISTICS, row)
-        tamper(statistics, "fraction", 4 / 12, STATISTICS, row)
-    out, _ = fails(capsys, store, 1)
-    assert "e: the label map holds the id 255, and there are 3 classes" in out
-    tamper(path, "scene", "scene.tif", LABEL_MAPS)
-    verify(Verify(sink=str(store)))
+    [row] = rows(("scene.tif#12,8,6,4", "1")).to_pylist()
+    row |= {"label_map": encode_png(label_map, CLASSES.palette), "num_pixels": [4, 4, 4], "confidence_sum": [2.0] * 3}
+    row |= {"scene": "scene.tif", "col_off": 12, "row_off": 8, "crs": "EPSG:32633"}
+    row |= dict(zip([f"transform_{letter}" for letter in "abcdef"], GRID, strict=True))
+    row["area_sum"] = areas_by_class(label_map, "EPSG:32633", GRID, 3).tolist()
+    of_scenes = [field for field in LABEL_MAPS if field.name in row and field.name not in LABELLED.names]
+    schema = pa.schema([*LABELLED, *of_scenes, pa.field("area_sum", pa.list_(pa.float64()))])
+    return pa.Table.from_pylist([row], schema)
+
+
+def test_a_window_of_a_scene_may_hold_no_data_and_a_plain_image_may_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(str(tmp_path / "labels"), window())
+    verify(Verify(sink=str(tmp_path / "labels")))
+    tamper(next((tmp_path / "labels/label_maps/recipe=r1").iterdir()), "scene", None, LABEL_MAPS, 0)
+    out, _ = fails(capsys, tmp_path / "labels", 1)
+    assert "the label map holds the id 255, and there are 3 classes" in out
+
+
+@pytest.mark.parametrize(
+    ("kind", "column", "value", "message"),
+    [
+        ("label_maps", "col_off", 18, "its columns say that it is scene.tif#18,8,6,4"),
+        ("label_maps", "scene", "other.tif", "its columns say that it is other.tif#12,8,6,4"),
+        ("label_maps", "transform_a", 20.0, "the area_m2 of class 0 is 400.*, by its place 800"),
+        ("label_maps", "crs", "EPSG:4326", "the area_m2 of class 0 is 400.*, by its place"),
+        ("label_maps", "crs", "nowhere", "its columns tell no place on Earth: .*nowhere"),
+        ("label_maps", "transform_f", None, "its columns tell no place on Earth"),
+        ("statistics", "area_m2", 399.0, r"the area_m2 of class 0 is 399.0, by its place 400"),
+        ("statistics", "area_m2", None, "the area_m2 of class 0 is None, by its place 400"),
+    ],
+)
+def test_a_window_lies_where_it_says(
+    kind: str, column: str, value: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(str(tmp_path / "labels"), window())
+    schema = LABEL_MAPS if kind == "label_maps" else STATISTICS
+    tamper(next((tmp_path / f"labels/{kind}/recipe=r1").iterdir()), column, value, schema, 0)
+    out, _ = fails(capsys, tmp_path / "labels", 1)
+    assert re.search(rf"scene.tif#12,8,6,4: {message}", out)
 
 
 def truncate(path: Path) -> None:

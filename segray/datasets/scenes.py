@@ -9,7 +9,8 @@ import io
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,6 +28,8 @@ from segray.datasets.tree import Tree, match
 from segray.errors import Reject
 from segray.retry import retrying
 from segray.scene import Scene, describe, read
+from segray.scene.gdal import gdal_path
+from segray.scene.stac import files_of, is_item, item_at
 from segray.source import filesystem, look_up
 from segray.tile import Window
 
@@ -45,6 +48,7 @@ _BACKGROUND = "background"
 _LONGITUDE_LATITUDE = "OGC:CRS84"
 _DRIFT_PIXELS = 0.01  # by which two grids may lie apart
 _OPEN_FILES = 16
+_REQUESTS_IN_FLIGHT = 32
 # A degree is no shorter than this, along a meridian and along the equator.
 _LATITUDE_METRES, _LONGITUDE_METRES = 110_574.0, 111_319.0
 
@@ -68,13 +72,31 @@ class ScenePair:
 def pairs_of(tree: Tree) -> list[Pair]:
     """Scenes and targets of the same names: all as the split train, or the splits train, val and test.
 
+    Where there are STAC items, the rasters that belong to them are no scenes of their own.
+
     Raises:
         SourceError: there is no such layout.
     """
     splits = {split: (f"{split}/images", f"{split}/targets") for split in ("train", "val", "test")}
     folders = {"train": ("images", "targets")} if tree.has("images") else splits
-    pairs = match(tree, folders, _LAYOUT, _SCENES, (*_RASTERS, *_POLYGONS))
+    pairs = match(tree, folders, _LAYOUT, _SCENES, (*_RASTERS, *_POLYGONS), _of_items(tree, folders.values()))
     return sorted(pairs, key=lambda pair: (pair.split, pair.name))
+
+
+def _of_items(tree: Tree, folders: Iterable[tuple[str, str]]) -> set[str]:
+    """The URIs of rasters that belong to a STAC item beside them."""
+    uris = [tree.uri(f"{images}/{file}") for images, _ in folders for file in tree.files(images)]
+    items = [uri for uri in uris if is_item(uri)]
+
+    def files(uri: str) -> set[str]:
+        try:
+            return files_of(item_at(uri) or {}, uri)
+        except Reject:  # of which `look_at` says more
+            return set()
+
+    with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
+        taken = set().union(*pool.map(files, items))
+    return {uri for uri in uris if gdal_path(uri) in taken} if taken else set()
 
 
 def look_at(pair: Pair, bands: Mapping[str, str] | None, classes: Classes) -> ScenePair:

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import TypeVar
 
 from segray.datasets.dataset import Pair
@@ -106,6 +106,7 @@ def match(
     layout: str,
     image_suffixes: Sequence[str] = IMAGE_SUFFIXES,
     target_suffixes: Sequence[str] = (".png",),
+    left_out: Container[str] = (),
 ) -> list[Pair]:
     """Pairs the files of folders of images and folders of targets whose paths are the same up to their suffixes.
 
@@ -118,6 +119,7 @@ def match(
         layout: what there should be, for the error.
         image_suffixes: what an image may end in; upper and lower case are the same here.
         target_suffixes: what a target may end in.
+        left_out: the URIs of files that are no images of their own.
 
     Raises:
         SourceError: there are no pairs, two files differ in their suffixes alone, or the store does not answer.
@@ -127,7 +129,7 @@ def match(
     for split, (images, targets) in folders.items():
         if not (tree.has(images) and tree.has(targets)):
             continue
-        image_of = _by_key(tree, images, image_suffixes)
+        image_of = _by_key(tree, images, image_suffixes, left_out)
         target_of = _by_key(tree, targets, target_suffixes)
         pairs += [
             Pair(
@@ -144,12 +146,12 @@ def match(
     return pairs
 
 
-def _by_key(tree: Tree, folder: str, suffixes: Sequence[str]) -> dict[str, str]:
+def _by_key(tree: Tree, folder: str, suffixes: Sequence[str], left_out: Container[str] = ()) -> dict[str, str]:
     """The path of each file that ends in one of the suffixes, by its path in the folder without that."""
     found: dict[str, str] = {}
     for file in tree.files(folder):
         suffix = next((suffix for suffix in suffixes if file.lower().endswith(suffix.lower())), None)
-        if suffix is None:
+        if suffix is None or tree.uri(f"{folder}/{file}") in left_out:
             continue
         path, key = f"{folder}/{file}", file[: -len(suffix)]
         if other := found.get(key):

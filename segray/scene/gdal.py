@@ -125,7 +125,7 @@ def with_dataset(path: str, version: str, action: Callable[[rasterio.DatasetRead
             said = _said(error)
             fault = _asked(path)
             if fault is not None and not is_transient(fault):
-                raise _final(path, fault) from error
+                raise _final(path, fault) from fault
             if fault is None and not _AWAY.search(said):
                 num_damaged += 1
                 if not is_remote or num_damaged == _DAMAGED_TRIES:

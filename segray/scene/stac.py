@@ -1,5 +1,6 @@
 """The bands of a STAC item: which asset holds which, and how its samples become values."""
 
+import contextlib
 import json
 import re
 from collections import Counter
@@ -10,12 +11,13 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pystac
+import pystac.utils
 
 from segray.errors import Reject
 from segray.scene.bands import Listed, declared_nodata
 from segray.scene.gdal import fetched, gdal_path, one_line
 
-__all__ = ["in_item", "is_item", "item_at"]
+__all__ = ["files_of", "in_item", "is_item", "item_at"]
 
 _MEDIA_TYPES = {"image/tiff", "image/vnd.stac.geotiff", "image/geotiff", "image/jp2"}
 _SUFFIXES = (".tif", ".tiff", ".jp2", ".vrt")
@@ -54,6 +56,21 @@ def item_at(uri: str) -> Mapping[str, Any] | None:
         if isinstance(item, dict) and str(item.get("id")) == name:
             return item
     raise Reject("fetch", "missing", f"{document} holds no item {name}")
+
+
+def files_of(fields: Mapping[str, Any], uri: str) -> set[str]:
+    """The files of an item, as GDAL opens them.
+
+    Args:
+        fields: the item, as JSON has it; what is none has no files.
+        uri: its own, against which relative ones are resolved.
+    """
+    files = set()
+    with contextlib.suppress(AttributeError, KeyError, TypeError):
+        for asset in fields["assets"].values():
+            with contextlib.suppress(Reject):  # of a scheme that GDAL does not read
+                files.add(gdal_path(pystac.utils.make_absolute_href(asset["href"], uri, start_is_dir=False)))
+    return files
 
 
 def _one_of_many(uri: str) -> tuple[str, str] | None:
