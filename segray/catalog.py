@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -26,7 +27,8 @@ from pystac_client.stac_api_io import StacApiIO
 from shapely.geometry import shape
 
 from segray.errors import Reject, SettingsError, SourceError
-from segray.scene import Scene, describe
+from segray.scene import Band, Scene, describe
+from segray.scene.bands import Listed
 from segray.scene.gdal import fetched, gdal_path, one_line
 from segray.scene.stac import in_item, is_item
 from segray.source import ENTRIES, Source, filesystem, look_up, version_in
@@ -291,14 +293,15 @@ def described(
         with contextlib.suppress(ValueError):  # of which `describe` says more
             item = json.loads(fetched(uri))
     calls = scenes.calls
-    if not calls and item is not None:
-        calls = {band.name: band.name for band in in_item(item, uri, lambda path: []) if not band.is_hidden}
     try:
         if calls:
             scene = describe(uri, version, bands={name: calls[name] for name in match(list(calls))}, item=item)
+        elif item is not None and (listed := in_item(item, uri, lambda path: [])):
+            names = _matched([band for band in listed if not band.is_hidden], match)
+            scene = describe(uri, version, bands={name: name for name in names}, item=item)
         else:
             scene = describe(uri, version, item=item)
-            scene = scene.select(match([band.name for band in scene.bands]))
+            scene = scene.select(_matched(scene.bands, match))
     except SettingsError as error:
         raise Reject("decode", "bands missing", str(error)) from error
     return replace(
@@ -313,6 +316,19 @@ def described(
             for band in scene.bands
         ),
     )
+
+
+def _matched(bands: Sequence[Band | Listed], match: Callable[[Sequence[str]], Sequence[str]]) -> Sequence[str]:
+    """What is matched by name or, where names do not do, by what else tells a single band: B04 beside red."""
+    names = [band.name for band in bands]
+    try:
+        return match(names)
+    except SettingsError:
+        times = Counter(name.casefold() for band in bands for name in {band.name, *band.aliases})
+        aliases = [alias for band in bands for alias in band.aliases if times[alias.casefold()] == 1]
+        with contextlib.suppress(SettingsError):
+            return match([*names, *aliases])
+        raise  # which lists the names
 
 
 class _StacIo(DefaultStacIO):

@@ -163,6 +163,24 @@ def test_of_an_item_only_files_that_the_model_is_fed_are_looked_at(tmp_path: Pat
         described(path, "1", fields, Scenes(size=32), lambda names: match_bands(blue, names))
 
 
+def test_bands_are_matched_by_other_names_that_tell_one(tmp_path: Path) -> None:
+    for seed, name in enumerate(("a", "b")):
+        draw(tmp_path / f"{name}.tif", numbers(20, 30, seed=seed))
+    fields = item_of({"red": asset("a.tif", "B04=red"), "nir-10m": asset("b.tif", "B08=nir")})
+    path = write(tmp_path / "one.json", fields)
+
+    def described_for(*bands: str) -> list[tuple[str, str]]:
+        of_model = Preprocessing(channels=bands, mean=(0.0,) * len(bands), std=(1.0,) * len(bands))
+        scene = described(path, "1", fields, Scenes(size=32), lambda names: match_bands(of_model, names))
+        return [(band.name, Path(band.path).name) for band in scene.bands]
+
+    assert described_for("B08", "B04") == [("B08", "b.tif"), ("B04", "a.tif")]
+    assert described_for("b04", "NIR") == [("B04", "a.tif"), ("nir", "b.tif")]
+    lacking = r"bands missing: the model sees the bands B04, B11, and the scene has red, nir: .*B11.* --scenes\.bands B"
+    with pytest.raises(Reject, match=lacking):
+        described_for("B04", "B11")
+
+
 def test_bands_of_a_raster_are_renamed_and_samples_mean_what_the_settings_say(tmp_path: Path) -> None:
     samples = numbers(3, 20, 30)
     path = draw(tmp_path / "a.tif", samples)
