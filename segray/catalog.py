@@ -29,6 +29,7 @@ from shapely.geometry import shape
 from segray.errors import Reject, SettingsError, SourceError
 from segray.scene import Band, Scene, describe
 from segray.scene.bands import Listed
+from segray.scene.describe import filled
 from segray.scene.gdal import fetched, gdal_path, one_line
 from segray.scene.stac import in_item, is_item
 from segray.source import ENTRIES, Source, filesystem, look_up, version_in
@@ -184,15 +185,18 @@ class SceneSource:
             yield _row(fs.unstrip_protocol(path), None)
             return
         # Of two bands that would fit, the one with the longer name: B11 is not B1.
-        texts = "|".join(re.escape(text) for text in sorted(self._bands.values(), key=len, reverse=True))
-        before, *between, after = glob_translate(path).removesuffix(r")\Z").split(re.escape(_SLOT))
-        pattern = f"({before}))(?P<band>{texts})" + "".join(f"({part})(?P=band)" for part in between)
+        texts = sorted(set(self._bands.values()), key=len, reverse=True)
+        pieces = glob_translate(path).removeprefix("(?s:").removesuffix(r")\Z").split(re.escape(_SLOT))
+        grouped = _SLOT.join(f"({piece})" for piece in pieces)
+        patterns = {text: re.compile(f"(?s:{filled(grouped, re.escape(text))})") for text in texts}
+        found: dict[str, Any] = {}
+        for glob in {filled(path, re.sub("[^/]+", "*", text)) for text in texts}:
+            found |= fs.glob(glob, detail=True)
         files: dict[str, dict[str, str]] = {}
-        for name, info in sorted(fs.glob(path.replace(_SLOT, "*"), detail=True).items()):
-            if match := re.fullmatch(rf"{pattern}((?s:{after}))", name):
-                groups = match.groups()
-                template = _SLOT.join([groups[0], *groups[2:]])
-                files.setdefault(template, {})[match["band"]] = version_in(info)
+        for name, info in sorted(found.items()):
+            of_bands = ((text, match) for text, pattern in patterns.items() if (match := pattern.fullmatch(name)))
+            for text, match in islice(of_bands, 1):
+                files.setdefault(_SLOT.join(match.groups()), {})[text] = version_in(info)
         for template, versions in files.items():
             yield _row(fs.unstrip_protocol(template), _of_all(versions))
 
@@ -262,7 +266,7 @@ def scene_version(uri: str, bands: Mapping[str, str]) -> str | Reject:
         return found
     versions = {}
     for text in bands.values():
-        found = look_up({"uri": uri.replace(_SLOT, text), "version": None})
+        found = look_up({"uri": filled(uri, text), "version": None})
         if isinstance(found, Reject):
             return found
         versions[text] = found

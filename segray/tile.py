@@ -87,7 +87,8 @@ class Scenes:
 
     bands: tuple[str, ...] = ()
     """What scenes call the bands that the model is fed: red=B4 nir=B5, as in SOURCE/LC08_*_{band}.TIF, in STAC items,
-    or by the numbers of a raster's bands. Left out: they are called alike."""
+    or by the numbers of a raster's bands; red=R10m/B04 fills both of {band}/*_{band}.jp2. Left out: they are called
+    alike."""
 
     scale: float | None = None
     """Samples are multiplied by it, such as 0.0001, to be reflectances. None: by what files or STAC items say."""

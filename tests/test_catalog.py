@@ -8,6 +8,7 @@ from urllib.parse import urlencode
 import fsspec
 import numpy as np
 import pytest
+from affine import Affine
 
 from segray.catalog import SceneSource, described
 from segray.errors import Reject, SettingsError, SourceError
@@ -21,6 +22,7 @@ from tests.test_scene import asset, draw, item_of, numbers
 
 FIELD = {"type": "Polygon", "coordinates": [[[-87.5, 30.5], [-87.4, 30.5], [-87.4, 30.6], [-87.5, 30.5]]]}
 BANDS = {"red": "B4", "nir": "B5"}
+SAFE = Affine(1, 0, 452480, 0, -1, 3408640)
 
 
 def listed(source: SceneSource) -> list[dict[str, Any]]:
@@ -230,6 +232,37 @@ def test_a_template_may_name_a_band_twice_and_reach_into_folders(tmp_path: Path)
         draw_bands(tmp_path / scene / "B5", "x_B5.tif")
     found = uris(f"{tmp_path}/**/{{band}}/*_{{band}}.tif", bands=BANDS)
     assert found == [f"file://{tmp_path}/{scene}/{{band}}/x_{{band}}.tif" for scene in ("x", "y")]
+
+
+def test_a_template_names_scenes_whose_bands_lie_in_folders_by_resolution(tmp_path: Path) -> None:
+    bands = {"red": "R10m/B04_10m", "swir": "R20m/B11_20m"}
+    for name in ("T33UUP_20260101", "T33UUP_20260106"):
+        images = tmp_path / f"S2A_{name}.SAFE" / "GRANULE" / "L2A" / "IMG_DATA"
+        for size, of_size in ((40, ("B04_10m", "B08_10m")), (20, ("B04_20m", "B11_20m"))):
+            folder = images / f"R{400 // size}m"
+            folder.mkdir(parents=True)
+            for band in of_size:
+                draw(folder / f"{name}_{band}.tif", numbers(size, size), transform=SAFE @ Affine.scale(400 / size))
+    template = f"{tmp_path}/*.SAFE/GRANULE/*/IMG_DATA/{{band}}/*_{{band}}.tif"
+    rows = listed(SceneSource(template, bands=bands))
+    assert [row["uri"].partition("IMG_DATA/")[2] for row in rows] == [
+        f"{{band}}/T33UUP_{day}_{{band}}.tif" for day in ("20260101", "20260106")
+    ]
+    told = Scenes(size=32, bands=tuple(f"{name}={text}" for name, text in bands.items()))
+    for row in rows:
+        assert listed(SceneSource(row["uri"], bands=bands)) == [row]
+        scene = described(row["uri"], row["version"], None, told, lambda names: names)
+        assert [Path(band.path).parent.name for band in scene.bands] == ["R10m", "R20m"]
+        values, _ = read(scene, Window(0, 0, 40, 40))
+        np.testing.assert_array_equal(values[0], numbers(40, 40))
+
+
+def test_a_band_may_be_called_by_its_folder_too(tmp_path: Path) -> None:
+    for folder, name in (("a", "x_B4.tif"), ("b", "x_B5.tif")):
+        draw_bands(tmp_path / folder, name)
+    assert uris(f"{tmp_path}/{{band}}.t*", bands={"red": "a/x_B4", "nir": "b/x_B5"}) == [
+        f"file://{tmp_path}/{{band}}.tif"
+    ]
 
 
 def test_a_scene_that_lacks_a_band_is_found_and_rejected(tmp_path: Path) -> None:
