@@ -6,8 +6,10 @@ item that has none, or the template with all but `{band}` filled in.
 """
 
 import hashlib
+import contextlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,7 +27,9 @@ from pystac_client.stac_api_io import StacApiIO
 from shapely.geometry import shape
 
 from segray.errors import Reject, SettingsError, SourceError
-from segray.scene import Scene, describe
+from segray.scene import Band, Scene, describe
+from segray.scene.bands import Listed
+from segray.scene.describe import filled
 from segray.scene.gdal import fetched, gdal_path, one_line
 from segray.scene.stac import files_of, in_item, is_item, item_at
 from segray.source import ENTRIES, Source, filesystem, look_up, version_in
@@ -181,15 +185,18 @@ class SceneSource:
             yield _row(fs.unstrip_protocol(path), None)
             return
         # Of two bands that would fit, the one with the longer name: B11 is not B1.
-        texts = "|".join(re.escape(text) for text in sorted(self._bands.values(), key=len, reverse=True))
-        before, *between, after = glob_translate(path).removesuffix(r")\Z").split(re.escape(_SLOT))
-        pattern = f"({before}))(?P<band>{texts})" + "".join(f"({part})(?P=band)" for part in between)
+        texts = sorted(set(self._bands.values()), key=len, reverse=True)
+        pieces = glob_translate(path).removeprefix("(?s:").removesuffix(r")\Z").split(re.escape(_SLOT))
+        grouped = _SLOT.join(f"({piece})" for piece in pieces)
+        patterns = {text: re.compile(f"(?s:{filled(grouped, re.escape(text))})") for text in texts}
+        found: dict[str, Any] = {}
+        for glob in {filled(path, re.sub("[^/]+", "*", text)) for text in texts}:
+            found |= fs.glob(glob, detail=True)
         files: dict[str, dict[str, str]] = {}
-        for name, info in sorted(fs.glob(path.replace(_SLOT, "*"), detail=True).items()):
-            if match := re.fullmatch(rf"{pattern}((?s:{after}))", name):
-                groups = match.groups()
-                template = _SLOT.join([groups[0], *groups[2:]])
-                files.setdefault(template, {})[match["band"]] = version_in(info)
+        for name, info in sorted(found.items()):
+            of_bands = ((text, match) for text, pattern in patterns.items() if (match := pattern.fullmatch(name)))
+            for text, match in islice(of_bands, 1):
+                files.setdefault(_SLOT.join(match.groups()), {})[text] = version_in(info)
         for template, versions in files.items():
             yield _row(fs.unstrip_protocol(template), _of_all(versions))
 
@@ -260,7 +267,7 @@ def scene_version(uri: str, bands: Mapping[str, str]) -> str | Reject:
         return found
     versions = {}
     for text in bands.values():
-        found = look_up({"uri": uri.replace(_SLOT, text), "version": None})
+        found = look_up({"uri": filled(uri, text), "version": None})
         if isinstance(found, Reject):
             return found
         versions[text] = found
@@ -290,14 +297,15 @@ def described(
     if item is None:
         item = item_at(uri)
     calls = scenes.calls
-    if not calls and item is not None:
-        calls = {band.name: band.name for band in in_item(item, uri, lambda path: []) if not band.is_hidden}
     try:
         if calls:
             scene = describe(uri, version, bands={name: calls[name] for name in match(list(calls))}, item=item)
+        elif item is not None and (listed := in_item(item, uri, lambda path: [])):
+            names = _matched([band for band in listed if not band.is_hidden], match)
+            scene = describe(uri, version, bands={name: name for name in names}, item=item)
         else:
             scene = describe(uri, version, item=item)
-            scene = scene.select(match([band.name for band in scene.bands]))
+            scene = scene.select(_matched(scene.bands, match))
     except SettingsError as error:
         raise Reject("decode", "bands missing", str(error)) from error
     return replace(
@@ -312,6 +320,19 @@ def described(
             for band in scene.bands
         ),
     )
+
+
+def _matched(bands: Sequence[Band | Listed], match: Callable[[Sequence[str]], Sequence[str]]) -> Sequence[str]:
+    """What is matched by name or, where names do not do, by what else tells a single band: B04 beside red."""
+    names = [band.name for band in bands]
+    try:
+        return match(names)
+    except SettingsError:
+        times = Counter(name.casefold() for band in bands for name in {band.name, *band.aliases})
+        aliases = [alias for band in bands for alias in band.aliases if times[alias.casefold()] == 1]
+        with contextlib.suppress(SettingsError):
+            return match([*names, *aliases])
+        raise  # which lists the names
 
 
 class _StacIo(DefaultStacIO):

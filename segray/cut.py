@@ -300,10 +300,15 @@ def _read_row(row: Mapping[str, Any], scenes: Scenes, area: Area | None) -> dict
         return rejected
     scene: Scene = pickle.loads(row["pickled"])
     core = Window(*(row[name] for name in ("col_off", "row_off", "width", "height")))
-    window = scenes.around(core, scene.height, scene.width)
     try:
-        values, valid = read(scene, window)
         wanted = np.ones((core.height, core.width), bool) if area is None else area.covers(scene, core)
+        if wanted.any():
+            window = scenes.around(core, scene.height, scene.width)
+            values, valid = read(scene, window)
+        else:  # the area ends between its pixels' centres
+            window = core
+            values = np.zeros((len(scene.bands), core.height, core.width), np.float32)
+            valid = np.zeros((core.height, core.width), bool)
         west, south, east, north = scene.bounds(core)
     except Reject as reject:
         return rejected | {"stage": reject.stage, "reason": reject.reason}

@@ -113,6 +113,7 @@ def match_bands(preprocessing: Preprocessing, names: Sequence[str]) -> tuple[str
     if missing := [name for name in wanted if name.casefold() not in there]:
         raise SettingsError(
             f"the model sees the bands {', '.join(wanted)}, and the scene has {', '.join(names) or 'none'}: "
-            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; name the scene's bands like them"
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; say what the scene calls each: "
+            f"--scenes.bands {missing[0]}={names[0] if names else '…'}"
         )
     return tuple(there[name.casefold()] for name in wanted)

@@ -1,5 +1,6 @@
 """Window, Tiling, Scenes: how what is too large for the model, or for the memory, is cut."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -85,11 +86,13 @@ class Scenes:
     """Pixels around a window that the model sees too, and that are not kept; likewise."""
 
     area: str | None = None
-    """A GeoJSON file in longitude and latitude; what lies outside of it is neither read nor labelled."""
+    """A GeoJSON file in longitude and latitude; what lies outside of it is not labelled, and windows that lie wholly
+    outside are not read."""
 
     bands: tuple[str, ...] = ()
     """What scenes call the bands that the model is fed: red=B4 nir=B5, as in SOURCE/LC08_*_{band}.TIF, in STAC items,
-    or by the numbers of a raster's bands. Left out: they are called alike."""
+    or by the numbers of a raster's bands; red=R10m/B04 fills both of {band}/*_{band}.jp2. Left out: they are called
+    alike."""
 
     scale: float | None = None
     """Samples are multiplied by it, such as 0.0001, to be reflectances. None: by what files or STAC items say."""
@@ -108,6 +111,10 @@ class Scenes:
             raise SettingsError(f"scenes.size {self.size}: must be at least 1 pixel")
         if self.halo < 0:
             raise SettingsError(f"scenes.halo {self.halo}: must be at least 0 pixels")
+        if self.scale is not None and (self.scale == 0 or not math.isfinite(self.scale)):
+            raise SettingsError(f"scenes.scale {self.scale}: must be a number other than 0, such as 0.0001")
+        if self.offset is not None and not math.isfinite(self.offset):
+            raise SettingsError(f"scenes.offset {self.offset}: must be a number")
         if self.size is None and any(getattr(self, field.name) != field.default for field in fields(self)):
             raise SettingsError("other settings of scenes come with scenes.size; give it, such as 1024")
         names = [text.partition("=")[0] for text in self.bands]

@@ -8,6 +8,7 @@ from urllib.parse import urlencode
 import fsspec
 import numpy as np
 import pytest
+from affine import Affine
 
 from segray.catalog import SceneSource, described
 from segray.errors import Reject, SettingsError, SourceError
@@ -21,6 +22,7 @@ from tests.test_scene import asset, draw, item_of, numbers
 
 FIELD = {"type": "Polygon", "coordinates": [[[-87.5, 30.5], [-87.4, 30.5], [-87.4, 30.6], [-87.5, 30.5]]]}
 BANDS = {"red": "B4", "nir": "B5"}
+SAFE = Affine(1, 0, 452480, 0, -1, 3408640)
 
 
 def listed(source: SceneSource) -> list[dict[str, Any]]:
@@ -163,6 +165,24 @@ def test_of_an_item_only_files_that_the_model_is_fed_are_looked_at(tmp_path: Pat
         described(path, "1", fields, Scenes(size=32), lambda names: match_bands(blue, names))
 
 
+def test_bands_are_matched_by_other_names_that_tell_one(tmp_path: Path) -> None:
+    for seed, name in enumerate(("a", "b")):
+        draw(tmp_path / f"{name}.tif", numbers(20, 30, seed=seed))
+    fields = item_of({"red": asset("a.tif", "B04=red"), "nir-10m": asset("b.tif", "B08=nir")})
+    path = write(tmp_path / "one.json", fields)
+
+    def described_for(*bands: str) -> list[tuple[str, str]]:
+        of_model = Preprocessing(channels=bands, mean=(0.0,) * len(bands), std=(1.0,) * len(bands))
+        scene = described(path, "1", fields, Scenes(size=32), lambda names: match_bands(of_model, names))
+        return [(band.name, Path(band.path).name) for band in scene.bands]
+
+    assert described_for("B08", "B04") == [("B08", "b.tif"), ("B04", "a.tif")]
+    assert described_for("b04", "NIR") == [("B04", "a.tif"), ("nir", "b.tif")]
+    lacking = r"bands missing: the model sees the bands B04, B11, and the scene has red, nir: .*B11.* --scenes\.bands B"
+    with pytest.raises(Reject, match=lacking):
+        described_for("B04", "B11")
+
+
 def test_bands_of_a_raster_are_renamed_and_samples_mean_what_the_settings_say(tmp_path: Path) -> None:
     samples = numbers(3, 20, 30)
     path = draw(tmp_path / "a.tif", samples)
@@ -212,6 +232,37 @@ def test_a_template_may_name_a_band_twice_and_reach_into_folders(tmp_path: Path)
         draw_bands(tmp_path / scene / "B5", "x_B5.tif")
     found = uris(f"{tmp_path}/**/{{band}}/*_{{band}}.tif", bands=BANDS)
     assert found == [f"file://{tmp_path}/{scene}/{{band}}/x_{{band}}.tif" for scene in ("x", "y")]
+
+
+def test_a_template_names_scenes_whose_bands_lie_in_folders_by_resolution(tmp_path: Path) -> None:
+    bands = {"red": "R10m/B04_10m", "swir": "R20m/B11_20m"}
+    for name in ("T33UUP_20260101", "T33UUP_20260106"):
+        images = tmp_path / f"S2A_{name}.SAFE" / "GRANULE" / "L2A" / "IMG_DATA"
+        for size, of_size in ((40, ("B04_10m", "B08_10m")), (20, ("B04_20m", "B11_20m"))):
+            folder = images / f"R{400 // size}m"
+            folder.mkdir(parents=True)
+            for band in of_size:
+                draw(folder / f"{name}_{band}.tif", numbers(size, size), transform=SAFE @ Affine.scale(400 / size))
+    template = f"{tmp_path}/*.SAFE/GRANULE/*/IMG_DATA/{{band}}/*_{{band}}.tif"
+    rows = listed(SceneSource(template, bands=bands))
+    assert [row["uri"].partition("IMG_DATA/")[2] for row in rows] == [
+        f"{{band}}/T33UUP_{day}_{{band}}.tif" for day in ("20260101", "20260106")
+    ]
+    told = Scenes(size=32, bands=tuple(f"{name}={text}" for name, text in bands.items()))
+    for row in rows:
+        assert listed(SceneSource(row["uri"], bands=bands)) == [row]
+        scene = described(row["uri"], row["version"], None, told, lambda names: names)
+        assert [Path(band.path).parent.name for band in scene.bands] == ["R10m", "R20m"]
+        values, _ = read(scene, Window(0, 0, 40, 40))
+        np.testing.assert_array_equal(values[0], numbers(40, 40))
+
+
+def test_a_band_may_be_called_by_its_folder_too(tmp_path: Path) -> None:
+    for folder, name in (("a", "x_B4.tif"), ("b", "x_B5.tif")):
+        draw_bands(tmp_path / folder, name)
+    assert uris(f"{tmp_path}/{{band}}.t*", bands={"red": "a/x_B4", "nir": "b/x_B5"}) == [
+        f"file://{tmp_path}/{{band}}.tif"
+    ]
 
 
 def test_a_scene_that_lacks_a_band_is_found_and_rejected(tmp_path: Path) -> None:

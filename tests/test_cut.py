@@ -290,6 +290,28 @@ def test_an_area_cuts_windows_and_pixels(crs: str, transform: Affine, tmp_path: 
     np.testing.assert_array_equal(labelled, expected)
 
 
+def test_a_window_between_whose_pixels_the_area_ends_is_void_and_not_read(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = describe(path, "7")
+    # A quarter of a pixel into the windows to the right and below.
+    ring = [corner(scene, col, row) for col, row in ((10, 10), (64.25, 10), (64.25, 64.25), (10, 64.25))]
+    area = Area.load(write_area(tmp_path / "area.geojson", ring))
+    found = windows(path, area)
+    assert offsets(found) == {(0, 0), (64, 0), (0, 64), (64, 64)}
+    asked: list[Window] = []
+
+    def read_(scene: Scene, window: Window) -> Any:
+        asked.append(window)
+        return read(scene, window)
+
+    monkeypatch.setattr(cut, "read", read_)
+    for row in rasters(found, area):
+        is_read = (row["col_off"], row["row_off"]) == (0, 0)
+        assert array(row, "wanted").any() == array(row, "valid").any() == is_read
+    assert asked == [Window(0, 0, 96, 96)]
+
+
 def test_nothing_of_a_scene_outside_of_the_area_is_to_be_read(path: str, tmp_path: Path) -> None:
     for name, lon in (("near", -87.0), ("antipodes", 92.0)):
         ring = [(lon, 30.0), (lon + 0.5, 30.0), (lon + 0.5, 30.5)]

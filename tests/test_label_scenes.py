@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from segray.classes import Classes
 from segray.cut import Area
 from segray.errors import SettingsError, SourceError
 from segray.export import Export, export
-from segray.label import Label, _index, _Page, label
+from segray.label import Label, _area, _index, _Page, _recipe, label
 from segray.labelmap import decode_png
 from segray.model import Preprocessing, load, untrained
 from segray.predict import Prediction, Predictor, Raster
@@ -436,6 +437,50 @@ def test_scenes_that_are_no_file_are_verified_shown_and_exported(
     export(Export(sink=job.sink, dest=f"{tmp_path}/maps"))
     [written] = (json.loads(path.read_text()) for path in (tmp_path / "maps").rglob("*.json"))
     assert written["properties"]["datetime"] == (item["properties"]["datetime"] if "#" in scene else None)
+
+
+def test_rejects_of_scenes_are_taken_up_again_on_request_and_go_once_they_are_labelled(
+    scene: str, small_model: str, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Path(scene).read_bytes()
+
+    def hold(held: bytes) -> None:
+        Path(scene).write_bytes(held)
+        os.utime(scene, (1e9, 1e9))  # so the version stays
+
+    hold(bytes(len(data)))
+    job = job_of(scene, small_model, max_rejects=1)
+    label(job)
+    assert [row["uri"] for row in rows(job.sink, "rejects")] == [f"file://{scene}"]
+    hold(data)
+    for retry_rejects, num_windows in ((False, 0), (True, 9)):
+        label(dataclasses.replace(job, dry_run=True, retry_rejects=retry_rejects))
+        assert re.search(rf"windows to label\s+│\s+{num_windows} ", capsys.readouterr().out)
+    label(dataclasses.replace(job, retry_rejects=True))
+    assert rows(job.sink, "rejects") == []
+    np.testing.assert_array_equal(stitched(job.sink, f"file://{scene}", 130, 130), whole(scene, small_model))
+
+
+def test_every_setting_of_scenes_makes_another_recipe_and_so_does_what_the_area_holds(
+    small_model: str, tmp_path: Path
+) -> None:
+    checkpoint, path = load(small_model), tmp_path / "area.geojson"
+    write_area(path, [(10.0, 50.0), (11.0, 50.0), (11.0, 51.0)])
+    others = {"size": 128, "halo": 32, "area": str(path), "bands": ("red=1", "green=2", "blue=3", "nir=4")}
+    others |= {"scale": 0.5, "offset": 1.0, "nodata": 7.0, "confidence": True}
+    assert others.keys() == {field.name for field in dataclasses.fields(Scenes)}
+
+    def recipe(**settings: Any) -> str:
+        job = Label(source=".", sink="../labels", model=small_model, scenes=dataclasses.replace(CUT, **settings))
+        found: str = _recipe(job, checkpoint, _area(job))["recipe"]
+        return found
+
+    found = [recipe(), *(recipe(**{name: value}) for name, value in others.items())]
+    assert len(set(found)) == len(found)
+    same = path.rename(tmp_path / "moved.geojson")
+    assert recipe(area=str(same)) == recipe(area=f"file://{same}") == found[list(others).index("area") + 1]
+    write_area(same, [(10.0, 50.0), (11.0, 50.0), (11.0, 52.0)])
+    assert recipe(area=str(same)) not in found
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

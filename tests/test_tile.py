@@ -200,6 +200,9 @@ def test_a_window_is_read_with_its_halo_up_to_the_scenes_border(
     [
         ({"size": 0}, "scenes.size 0: must be at least 1 pixel"),
         ({"size": 64, "halo": -1}, "scenes.halo -1: must be at least 0 pixels"),
+        ({"size": 64, "scale": 0.0}, "scenes.scale 0.0: must be a number other than 0"),
+        ({"size": 64, "scale": float("nan")}, "scenes.scale nan: must be a number other than 0"),
+        ({"size": 64, "offset": float("nan")}, "scenes.offset nan: must be a number"),
         ({"halo": 64}, "other settings of scenes come with scenes.size; give it, such as 1024"),
         ({"area": "fields.geojson"}, "other settings of scenes come with scenes.size"),
     ],

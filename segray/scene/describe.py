@@ -18,7 +18,7 @@ from segray.scene.place import Grid, Transform, six
 from segray.scene.stac import in_item, item_at
 from segray.tile import Window
 
-__all__ = ["describe"]
+__all__ = ["describe", "filled"]
 
 _SLOT = "{band}"
 _COLOURS = (ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.nir)
@@ -38,7 +38,8 @@ def describe(
         version: of what is there.
         bands: the bands that are wanted, in order, and no other file is looked at: from the name that each is to have
             to what the scene calls it. In a raster that is its description, its colour or its number from 1, in a
-            STAC item a common name, the band's own or the key of its asset, in a template what stands for `{band}`.
+            STAC item a common name, the band's own or the key of its asset, in a template what stands for `{band}`,
+            where that comes several times perhaps in as many parts (`filled`).
             None: all there are, as the scene calls them.
         item: the STAC item, where it is at hand: then it is not fetched.
 
@@ -51,7 +52,7 @@ def describe(
     if _SLOT in uri:
         if not bands:
             raise SettingsError(f"{uri}: nothing says what stands for {_SLOT}; name bands, such as red=B4 and nir=B5")
-        wanted = [Listed(name, gdal_path(uri.replace(_SLOT, text))) for name, text in bands.items()]
+        wanted = [Listed(name, gdal_path(filled(uri, text))) for name, text in bands.items()]
     else:
         in_file = functools.partial(_in_file, look=look)
         item = item_at(uri) if item is None else item
@@ -60,6 +61,18 @@ def describe(
     scene = placed(uri, version, _crs(wanted, look), _bands(wanted, look))
     scene.bounds(Window(0, 0, scene.width, scene.height))  # it raises where that is nowhere on Earth
     return scene
+
+
+def filled(template: str, text: str) -> str:
+    """A template with a band's text in it: R10m/B04 makes of `{band}/T33_{band}.jp2` what else needs two texts.
+
+    Every `{band}` becomes the text, unless that has as many parts between slashes as there are several of them.
+    """
+    pieces = template.split(_SLOT)
+    parts = text.split("/")
+    if len(parts) == 1 or len(parts) != len(pieces) - 1:
+        return text.join(pieces)
+    return "".join(piece + part for piece, part in zip(pieces, [*parts, ""], strict=True))
 
 
 class _File(NamedTuple):
