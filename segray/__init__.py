@@ -38,6 +38,7 @@ The modules, in the order in which data meets them:
     evaluate    a label store against targets
     report      a label store as a page
     picture     windows of scenes, as a person can look at them
+    rgb         values of bands as red, green and blue
     export      labelled scenes for a GIS
     cog         label maps of windows → Cloud-Optimised GeoTIFF
     polygons    label maps of windows → polygons

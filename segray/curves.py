@@ -18,10 +18,11 @@ import pyarrow.compute as pc
 from jaxtyping import Float32, UInt, UInt8
 from PIL import Image
 
-from segray import __version__, pairs
+from segray import __version__, bandfile, pairs
 from segray.classes import Classes
 from segray.errors import ModelError, SinkError
 from segray.labelmap import colourise
+from segray.rgb import colours, stretched
 from segray.source import filesystem, is_shard
 from segray.statistics import ConfusionMatrix
 from segray.store import image_name
@@ -34,7 +35,8 @@ _SIDE = 640
 
 _Image = UInt8[np.ndarray, "height width 3"] | Float32[np.ndarray, "height width bands"]
 _LabelMap = UInt[np.ndarray, "height width"]
-_Pair = tuple[_Image, _LabelMap]
+_Bands = tuple[str, ...] | None
+_Pair = tuple[_Image, _Bands, _LabelMap]
 
 # A loss that is not finite is no JSON that a browser reads; on the page it is a gap.
 _parse = functools.partial(json.loads, parse_constant=lambda _: None)
@@ -196,7 +198,8 @@ def _find(uris: Sequence[str], classes: Classes) -> dict[str, _Pair | str]:
                 index, _ = pairs.survey(shard, classes)
             is_wanted = pc.and_(pc.equal(index["shard"], shard), pc.is_in(index["name"], pa.array(names, pa.string())))
             for uri, image, target in pairs.read(index.filter(is_wanted)):
-                found[uri] = pairs.decode_pair(uri, image, target, classes)
+                values, label_map = pairs.decode_pair(uri, image, target, classes)
+                found[uri] = values, bandfile.bands_of(image), label_map
         except Exception as error:  # each store's client has exceptions of its own
             reason = str(error) or type(error).__name__
         for name in names:
@@ -221,11 +224,11 @@ def _shown(pair: _Pair | str, prediction: _LabelMap | str, classes: Classes) -> 
     shown: dict[str, Any] = {"image": None, "target": None, "prediction": None, "iou": []}
     if isinstance(pair, str):
         return shown | {"missing": pair}
-    image, target = pair
+    image, bands, target = pair
     height, width = target.shape
     scale = min(1.0, _SIDE / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    photo = Image.fromarray(_photo(image)).resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    photo = Image.fromarray(_photo(image, bands)).resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
     shown |= {"height": height, "width": width}
     shown |= {"image": data_uri(photo, "JPEG", quality=82), "target": _drawn(target, size, classes)}
     if isinstance(prediction, str):
@@ -239,15 +242,12 @@ def _shown(pair: _Pair | str, prediction: _LabelMap | str, classes: Classes) -> 
     }
 
 
-def _photo(image: _Image) -> UInt8[np.ndarray, "height width 3"]:
-    """Of bands the first three, or the first, each from its 2nd to its 98th percentile; no data is black."""
-    if image.dtype == np.uint8:
+def _photo(image: _Image, bands: _Bands) -> UInt8[np.ndarray, "height width 3"]:
+    if bands is None:
         return image
-    bands = image[:, :, [0, 1, 2] if image.shape[2] >= 3 else [0, 0, 0]]
-    low, high = np.nanpercentile(bands, (2, 98), axis=(0, 1))
-    stretched = (bands - low) / np.where(high > low, high - low, 1) * 255
-    photo: np.ndarray = np.nan_to_num(np.clip(stretched, 0, 255)).astype(np.uint8)
-    return photo
+    valid = np.asarray(np.isfinite(image).all(axis=2))
+    three = np.where(valid, np.moveaxis(image[:, :, colours(bands)], 2, 0), np.float32(0))
+    return stretched(three, valid)
 
 
 def _drawn(label_map: _LabelMap, size: tuple[int, int], classes: Classes) -> str:

@@ -5,22 +5,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, UInt8
+from jaxtyping import UInt8
 
 from segray.errors import Reject
 from segray.preprocessing import Preprocessing, match_bands
+from segray.rgb import colours, stretched
 from segray.scene import Scene, describe, read
 from segray.tile import Window
 
-__all__ = ["picture", "stretched"]
+__all__ = ["picture"]
 
-_COLOURS = ("red", "green", "blue")
-_PERCENTILES = (2, 98)
 _NUM_SCENES = 64
 
 
 def picture(row: Mapping[str, Any], preprocessing: Preprocessing) -> UInt8[np.ndarray, "height width 3"]:
-    """What a window shows: red, green and blue where the scene has them, else its first three bands, or its first.
+    """What a window shows, in three of the scene's bands.
 
     Args:
         row: of a window, with what `sink.LABEL_MAPS` says of its place.
@@ -49,21 +48,6 @@ def _looked_at(uri: str, version: str, preprocessing: Preprocessing) -> tuple[Sc
     """A scene on the grid on which it was labelled, and which of its bands are red, green and blue."""
     scene = describe(uri, version)
     names = [band.name for band in scene.bands]
-    by_colour = {name.casefold(): name for name in names}
-    shown = [by_colour[colour] for colour in _COLOURS if colour in by_colour]
-    if len(shown) < len(_COLOURS):
-        shown = names[:3] if len(names) >= 3 else names[:1] * 3
-    wanted = list(dict.fromkeys([match_bands(preprocessing, names)[0], *shown]))
-    return scene.select(wanted), [wanted.index(name) for name in shown]
-
-
-def stretched(
-    values: Float32[np.ndarray, "3 height width"], valid: Bool[np.ndarray, "height width"]
-) -> UInt8[np.ndarray, "height width 3"]:
-    """Brings the middle 96 % of each band's valid values to 0–255; 0 where not valid."""
-    if not valid.any():
-        return np.zeros((*valid.shape, 3), np.uint8)
-    low, high = np.percentile(values[:, valid], _PERCENTILES, axis=1)[:, :, None, None]
-    shares = np.divide(values - low, high - low, out=np.full(values.shape, 0.5), where=high > low)
-    grey = (255 * np.clip(shares, 0, 1) + 0.5).astype(np.uint8)
-    return np.ascontiguousarray(np.where(valid, grey, 0).transpose(1, 2, 0))
+    three = [names[position] for position in colours(names)]
+    wanted = list(dict.fromkeys([match_bands(preprocessing, names)[0], *three]))
+    return scene.select(wanted), [wanted.index(name) for name in three]

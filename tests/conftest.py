@@ -30,7 +30,7 @@ _CHECKED = [
         "onnxgraph",
         "pairs",
     ),
-    *("picture", "polygons", "predict", "scene", "statistics", "stitch", "tile"),
+    *("picture", "polygons", "predict", "rgb", "scene", "statistics", "stitch", "tile"),
 ]
 jaxtyping.install_import_hook([f"segray.{module}" for module in _CHECKED], "beartype.beartype")
 

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from segray import demo, model, pairs
+from segray import bandfile, demo, model, pairs
 from segray.classes import Classes
+from segray.curves import _find, _photo
 from segray.errors import SettingsError, SinkError
 from segray.labelmap import decode_png, encode_png
 from segray.model import Checkpoint
@@ -244,6 +245,23 @@ def test_pairs_are_found_in_parquet_and_with_the_index_beside_a_shard(sink: Path
     assert "bad: the image cannot be decoded" in damaged["missing"]
     np.testing.assert_array_equal(pixels(row["target"])[:, :, :3], colours(demo.scene(1_000_001)[1]))
     np.testing.assert_array_equal(pixels(indexed["target"])[:, :, :3], colours(demo.scene(1)[1]))
+
+
+def test_windows_of_scenes_are_shown_in_the_colours_of_their_names(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(8, 9, 4)).astype(np.float32)
+    values[0, :3] = np.nan
+    target = encode_png(np.zeros((8, 9), np.uint8), demo.CLASSES.palette)
+    photos = []
+    for name, order in (("rgb", [0, 1, 2, 3]), ("bgr", [2, 1, 0, 3])):
+        bands = np.array(["red", "green", "blue", "nir"])[order].tolist()
+        image = bandfile.encode_values(values[:, :, order], bands)
+        uri = write_shard(tmp_path / name / "shard-000000.tar", {"0": (image, target)}, "npz")
+        pair = _find([f"{uri}#0"], demo.CLASSES)[f"{uri}#0"]
+        assert not isinstance(pair, str), pair
+        photos.append(_photo(*pair[:2]))
+    np.testing.assert_array_equal(photos[0], photos[1])
+    assert (photos[0][0, :3] == 0).all()
+    assert photos[0][:, :, 0].std() > 30
 
 
 def test_an_image_that_is_gone_says_so_in_its_place(sink: Path, tmp_path: Path) -> None:
@@ -533,12 +551,12 @@ def colours(label_map: np.ndarray) -> np.ndarray:
     return coloured
 
 
-def write_shard(path: Path, samples: dict[str, tuple[bytes, bytes]]) -> str:
+def write_shard(path: Path, samples: dict[str, tuple[bytes, bytes]], extension: str = "jpg") -> str:
     """A tar of pairs by name; returns its URI."""
     path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for name, (image, target) in samples.items():
-            for member, data in ((f"{name}.jpg", image), (f"{name}.target.png", target)):
+            for member, data in ((f"{name}.{extension}", image), (f"{name}.target.png", target)):
                 entry = tarfile.TarInfo(member)
                 entry.size = len(data)
                 archive.addfile(entry, io.BytesIO(data))

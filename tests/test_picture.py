@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from segray.errors import Reject, SettingsError
-from segray.picture import picture, stretched
+from segray.picture import picture
 from segray.preprocessing import Preprocessing
+from segray.rgb import stretched
 from tests.label_store import windows
 from tests.rasters import TRANSFORM, write_raster
 
@@ -92,15 +93,3 @@ def test_a_scene_that_lies_elsewhere_now_is_not_shown(tmp_path: Path) -> None:
         picture(row, Preprocessing(channels=("red",), mean=(0,), std=(1,)))
     with pytest.raises(Reject, match="missing"):
         picture(row | {"scene": f"file://{tmp_path}/b.tif"}, bands)
-
-
-def test_the_middle_of_the_values_is_spread_and_what_is_not_valid_is_black() -> None:
-    values = np.stack([np.arange(100.0).reshape(10, 10), np.full((10, 10), 7.0), 1000 * np.arange(100).reshape(10, 10)])
-    valid = np.ones((10, 10), bool)
-    valid[0, :2] = False
-    seen = stretched(values.astype(np.float32), valid)
-    assert (seen[~valid] == 0).all()
-    assert (seen[valid][:, 1] == 128).all(), "a band of one value has no contrast"
-    np.testing.assert_array_equal(seen[..., 0], seen[..., 2])
-    assert (seen[valid][0, 0], seen[valid][-1, 0]) == (0, 255)
-    assert (stretched(values.astype(np.float32), np.zeros((10, 10), bool)) == 0).all()
