@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import shapely
+import shapely.affinity
 from affine import Affine
 from jaxtyping import Bool, Float64, UInt
 from rasterio.features import geometry_mask
@@ -18,13 +18,14 @@ from rasterio.warp import transform_geom
 
 from segray.catalog import described
 from segray.columns import binary
-from segray.errors import Reject, SettingsError
+from segray.errors import Reject, RunError, SettingsError
 from segray.preprocessing import Preprocessing, match_bands
 from segray.scene import Grid, Scene, Transform, read
+from segray.scene.gdal import fetched
 from segray.scene.place import pixel_areas
 from segray.scene.stac import is_item
 from segray.source import image_id
-from segray.tile import Scenes, Window, cores
+from segray.tile import Scenes, Window, cores, window_uri
 
 __all__ = ["RASTERS", "WINDOWS", "Area", "areas_by_class", "read_windows", "windows_of"]
 
@@ -34,12 +35,13 @@ _REJECTED = [pa.field(name, pa.string()) for name in ("stage", "reason")]
 WINDOWS = pa.schema(
     [
         *_IDENTITY,
-        pa.field("pickled", pa.binary()),
+        pa.field("pickled", pa.dictionary(pa.int32(), pa.binary())),
         *(pa.field(name, pa.int32()) for name in ("col_off", "row_off", "width", "height")),
         *_REJECTED,
     ]
 )
-"""A row a window that is to be read, with its scene (pickled); or a scene that is a reject, for `reason`."""
+"""A row a window that is to be read, with its scene (pickled, once for all of its windows); or a scene that is a
+reject, for `reason`."""
 
 RASTERS = pa.schema(
     [
@@ -72,20 +74,28 @@ class Area:
 
     @classmethod
     def load(cls, uri: str) -> "Area":
-        """Reads a GeoJSON file: polygons, or features that are such.
+        """Reads a GeoJSON file: polygons, or features that are such; of those that cross themselves every loop.
 
         Raises:
             SettingsError: it cannot be read, holds other things or nothing, or not longitudes and latitudes.
+            RunError: the store cannot be reached.
         """
         try:
-            with fsspec.open(uri, "rb") as file:
-                found = json.load(file)
+            found = json.loads(fetched(uri))
             features = found["features"] if found["type"] == "FeatureCollection" else [found]
             geometries = [shapely.geometry.shape(feature.get("geometry", feature)) for feature in features]
-            polygons = shapely.MultiPolygon([part for one in geometries for part in shapely.get_parts(one)])
-        except Exception as error:  # whatever the store's client raises, and what is not GeoJSON
+            given = shapely.MultiPolygon([part for one in geometries for part in shapely.get_parts(one)])
+        except RunError:
+            raise
+        except Exception as error:  # what is wrong with the file, and whatever shapely makes of what is not GeoJSON
             fault = " ".join(f"{type(error).__name__}: {error}".split())
             raise SettingsError(f"--scenes.area {uri} is no GeoJSON file of polygons: {fault}") from error
+        # Of a polygon that crosses itself clipping would lose loops.
+        valid = (
+            one if one.is_valid else shapely.make_valid(one, method="structure", keep_collapsed=False)
+            for one in given.geoms
+        )
+        polygons = shapely.MultiPolygon([part for one in valid for part in shapely.get_parts(one) if not part.is_empty])
         if polygons.is_empty:
             raise SettingsError(f"--scenes.area {uri} holds no polygon")
         west, south, east, north = polygons.bounds
@@ -102,14 +112,25 @@ class Area:
         return geojson
 
     def touches(self, scene: Scene, size: int) -> Bool[np.ndarray, "rows cols"]:
-        """Which windows of a scene's grid it touches.
+        """Which windows of a scene's grid it touches, or misses by less than a pixel.
 
         Raises:
             Reject: the scene is not on Earth.
         """
-        grid = Window(0, 0, -(-scene.width // size), -(-scene.height // size))
-        transform = Affine(*scene.transform) @ Affine.scale(size)
-        return self._mask(scene, Window(0, 0, scene.width, scene.height), grid, transform, all_touched=True)
+        shape = (-(-scene.height // size), -(-scene.width // size))
+        # As finely as `covers` does, and a pixel more, so that no window is lost of which it would have a pixel.
+        there = self._in_crs(scene, Window(0, 0, scene.width, scene.height), _EDGE_PARTS * max(shape))
+        if not there:
+            return np.zeros(shape, bool)
+        transform = Affine(*scene.transform)
+        masks = [
+            geometry_mask(
+                there, shape, transform @ Affine.translation(*off) @ Affine.scale(size), all_touched=True, invert=True
+            )
+            for off in ((-1, -1), (-1, 1), (1, -1), (1, 1))
+        ]
+        touched: np.ndarray = np.any(masks, axis=0)
+        return touched
 
     def covers(self, scene: Scene, window: Window) -> Bool[np.ndarray, "height width"]:
         """Which pixels of a window have their centre in it.
@@ -117,28 +138,36 @@ class Area:
         Raises:
             Reject: the window is not on Earth.
         """
-        return self._mask(scene, window, window, Affine(*scene.window_transform(window)))
+        shape = (window.height, window.width)
+        there = self._in_crs(scene, window, _EDGE_PARTS)
+        if not there:
+            return np.zeros(shape, bool)
+        mask: np.ndarray = geometry_mask(there, shape, Affine(*scene.window_transform(window)), invert=True)
+        return mask
 
-    def _mask(
-        self, scene: Scene, window: Window, grid: Window, transform: Affine, *, all_touched: bool = False
-    ) -> Bool[np.ndarray, "height width"]:
-        """What of it is in a window, on a grid of its own."""
+    def _in_crs(self, scene: Scene, window: Window, num_parts: int) -> list[dict[str, Any]]:
+        """What of it is near a window, in the scene's CRS; edges bend after so many parts of a window's side."""
         west, south, east, north = scene.bounds(window)
         # What lies far away may have no place in the scene's CRS.
         boxes = [(west, east)] if west <= east else [(west, 180.0), (-180.0, east)]
         near: list[shapely.Polygon] = []
         for first, last in boxes:
+            if first == last:
+                continue
             dx, dy = _MARGIN * (last - first), _MARGIN * (north - south)
             clipped = shapely.clip_by_rect(self.polygons, first - dx, south - dy, last + dx, north + dy)
             # Edges are straight in longitude and latitude, which they are not in the scene.
-            bending = shapely.segmentize(clipped, max(last - first, north - south) / _EDGE_PARTS)
+            bending = shapely.segmentize(clipped, max(last - first, north - south) / num_parts)
             near += [part for part in shapely.get_parts(bending) if isinstance(part, shapely.Polygon)]
-        shape = (grid.height, grid.width)
         if not near:
-            return np.zeros(shape, bool)
+            return []
         there = transform_geom("EPSG:4326", scene.crs, [shapely.geometry.mapping(polygon) for polygon in near])
-        mask: np.ndarray = geometry_mask(there, shape, transform, all_touched=all_touched, invert=True)
-        return mask
+        polygons = [shapely.geometry.shape(polygon) for polygon in there]
+        return [
+            shapely.geometry.mapping(shapely.affinity.translate(polygon, *turn))
+            for turn in scene.turns(window)
+            for polygon in polygons
+        ]
 
 
 def windows_of(
@@ -180,12 +209,12 @@ def windows_of(
         known_version = "" if isinstance(version, Reject) else version
         row = {"image_id": image_id(uri, known_version), "uri": uri, "version": known_version}
         return pa.Table.from_pylist([row | {"stage": reject.stage, "reason": reject.reason}], WINDOWS)
-    uris = [f"{scene.uri}#{core.col_off},{core.row_off},{core.width},{core.height}" for core in wanted]
+    uris = [window_uri(scene.uri, core) for core in wanted]
     columns = {
         "image_id": [image_id(of_window, scene.version) for of_window in uris],
         "uri": uris,
         "version": [scene.version] * len(wanted),
-        "pickled": [pickle.dumps(scene)] * len(wanted),
+        "pickled": pa.DictionaryArray.from_arrays(np.zeros(len(wanted), np.int32), [pickle.dumps(scene)]),
         **{name: [getattr(core, name) for core in wanted] for name in ("col_off", "row_off", "width", "height")},
         "stage": [None] * len(wanted),
         "reason": [None] * len(wanted),

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tyro.conf import Positional
 
 from segray.classes import Classes
-from segray.errors import SettingsError, SinkError
+from segray.errors import SettingsError, SinkError, extra
 from segray.labelmap import encode_png
 
 __all__ = ["CLASSES", "Draw", "draw", "encoded", "mosaic", "scene"]
@@ -529,11 +529,9 @@ def _rasters(
     is_seen: Bool[np.ndarray, "height width"],
 ) -> tuple[bytes, bytes]:
     """Cloud-Optimised GeoTIFFs of a mosaic: as an instrument delivers it, in 16 bits with 0 for no data; its target."""
-    try:
+    with extra("geo", "--format raster"):
         import rasterio
         from rasterio.enums import ColorInterp
-    except ImportError as error:
-        raise SettingsError(f"--format raster needs the extra geo: pip install 'segray[geo]' ({error})") from error
 
     height, width = target.shape
     transform = rasterio.Affine(_PIXEL_METRES, 0, _ORIGIN[0], 0, -_PIXEL_METRES, _ORIGIN[1])

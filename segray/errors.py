@@ -11,6 +11,9 @@ SegrayError            one line for a person, then the exit status
 └── Reject             one image cannot be labelled; it becomes a row of `rejects`
 """
 
+import contextlib
+from collections.abc import Iterator
+
 __all__ = [
     "Locked",
     "ModelError",
@@ -21,6 +24,7 @@ __all__ = [
     "SettingsError",
     "SinkError",
     "SourceError",
+    "extra",
 ]
 
 
@@ -85,3 +89,22 @@ class Reject(SegrayError):
 
     def __str__(self) -> str:
         return f"{self.stage}: {self.reason}"
+
+
+@contextlib.contextmanager
+def extra(name: str, what: str) -> Iterator[None]:
+    """What is imported within comes with an extra of segray's.
+
+    Args:
+        name: the extra's.
+        what: needs it.
+
+    Raises:
+        SettingsError: it is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise SettingsError(
+            f"{what} needs {error.name}, which is not installed; pip install 'segray[{name}]'"
+        ) from error

@@ -20,7 +20,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from segray.classes import Classes
-from segray.errors import Reject, RunError, SettingsError, SinkError, SourceError
+from segray.errors import Reject, RunError, SettingsError, SinkError, SourceError, extra
 from segray.labelmap import decode_png
 from segray.source import look_up
 from segray.statistics import ConfusionMatrix
@@ -172,7 +172,8 @@ def evaluate(job: Evaluate) -> Evaluation:
 
     window_size = recipe["scenes"]["size"] if "scenes" in recipe else None
     if window_size is not None:
-        _miss_what_is_not_installed()
+        with extra("geo", "a target of a scene"):  # what is not installed shall be missed now
+            import segray.scene  # noqa: F401
     filesystem, targets = _list_targets(job.targets, _PNG if window_size is None else _GEOTIFF)
     target_of, images_without_target, used = _match(store, recipe_id, targets)
     targets_without_image = Unmatched()
@@ -230,13 +231,6 @@ def evaluate(job: Evaluate) -> Evaluation:
     if job.json is not None:
         _write_json(evaluation, job.json)
     return evaluation
-
-
-def _miss_what_is_not_installed() -> None:
-    try:
-        import segray.scene  # noqa: F401
-    except ImportError as error:
-        raise SettingsError(f"targets of scenes need the extra geo: pip install 'segray[geo]' ({error})") from error
 
 
 def _list_targets(uri: str, suffixes: tuple[str, ...]) -> tuple[Any, dict[str, list[str]]]:

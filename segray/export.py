@@ -5,7 +5,7 @@
     DEST/recipe=<id>/<name>/<name>.parquet       polygons
     DEST/recipe=<id>/<name>/<name>.json          the STAC item, written last
 
-A name is the stem of the scene's URI and the digest of it all, so that no two scenes have one. The item holds the
+A name is that of the scene and the digest of its URI, so that no two scenes have one. The item holds the
 digest of the windows that went in: what has not changed since is not written again.
 """
 
@@ -28,7 +28,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,13 +40,13 @@ from rich.progress import track
 from tyro.conf import Positional
 
 from segray.classes import Classes
-from segray.errors import RunError, SettingsError, SinkError
+from segray.errors import RunError, SettingsError, SinkError, extra
 from segray.labelmap import decode_png
 from segray.progress import note, print_table
 from segray.retry import retrying
 from segray.source import filesystem
-from segray.store import LabelStore
-from segray.tile import Window
+from segray.store import LabelStore, image_name
+from segray.tile import Window, scene_and_window, window_uri
 
 if TYPE_CHECKING:
     from segray.cog import Canvas
@@ -60,7 +60,6 @@ _EXPORTING = 1  # to be raised with any change of code that changes what is writ
 _PLACE = ("col_off", "row_off", "width", "height")
 _GRID = ("crs", "transform_a", "transform_b", "transform_d", "transform_e")  # what the windows of a scene share
 _COLUMNS = ["image_id", "version", "run_id", "scene", *_PLACE, *_GRID, "transform_c", "transform_f"]
-_WINDOW = re.compile(r"(?P<scene>.+)#(?P<col_off>\d+),(?P<row_off>\d+),(?P<width>\d+),(?P<height>\d+)", re.DOTALL)
 _STEM_LENGTH = 80
 _REQUESTS_IN_FLIGHT = 32
 _PUTS_IN_FLIGHT = 2  # of 50 MiB each
@@ -159,12 +158,10 @@ def export(job: Export) -> None:
         SinkError: there is no such store, recipe or scene, or the destination cannot be used.
         RunError: scenes could not be exported; the others are.
     """
-    try:  # what is not installed shall be missed now
+    with extra("geo", "exporting scenes"):  # what is not installed shall be missed now
         import pystac  # noqa: F401
 
         from segray import cog, polygons  # noqa: F401
-    except ImportError as error:
-        raise SettingsError(f"exporting scenes needs the extra geo: pip install 'segray[geo]' ({error})") from error
     store = LabelStore.open(job.sink)
     recipe_id, _ = store.choose(job.recipe)
     recipe = store.recipe(recipe_id)
@@ -252,23 +249,23 @@ def _windows(store: LabelStore, recipe_id: str, pattern: str | None) -> dict[str
     return {uri: pa.concat_tables(found[uri]) for uri in chosen}
 
 
-def _rejected(store: LabelStore, recipe_id: str) -> dict[tuple[str, str], set[str]]:
-    """The URIs of rejected windows, by the scene and its version."""
-    found: dict[tuple[str, str], set[str]] = defaultdict(set)
+def _rejected(store: LabelStore, recipe_id: str) -> dict[tuple[str, str], set[Window]]:
+    """The rejected windows, by the scene and its version."""
+    found: dict[tuple[str, str], set[Window]] = defaultdict(set)
     for batch in store.batches("rejects", recipe_id, ["uri", "version"]):
         for uri, version in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            if place := _WINDOW.fullmatch(uri):
-                found[place["scene"], version].add(uri)
+            if place := scene_and_window(uri):
+                found[place[0], version].add(place[1])
     return found
 
 
-def _scene(uri: str, rows: pa.Table, rejected: Mapping[tuple[str, str], set[str]]) -> _Scene:
+def _scene(uri: str, rows: pa.Table, rejected: Mapping[tuple[str, str], set[Window]]) -> _Scene:
     """What the store knows of a scene.
 
     Args:
         uri: the scene's.
         rows: of its windows, in all versions of it, with `_COLUMNS` and `part`.
-        rejected: the URIs of windows that were rejected, by scene and version.
+        rejected: the windows that were rejected, by scene and version.
 
     Raises:
         RunError: the windows do not fit each other.
@@ -281,13 +278,7 @@ def _scene(uri: str, rows: pa.Table, rejected: Mapping[tuple[str, str], set[str]
     is_first = np.append(True, (places[:, 1:] != places[:, :-1]).any(0))  # it may be there twice for a while
     rows = rows.filter(pa.array(is_first))
     labelled = [Window(*place) for place in zip(*(rows[name].to_pylist() for name in _PLACE), strict=True)]
-    others = {}
-    for window_uri in sorted(rejected.get((uri, newest.as_py()), ())):
-        match = _WINDOW.fullmatch(window_uri)
-        assert match is not None  # as it is known to be of this scene
-        others[Window(*(int(match[name]) for name in _PLACE))] = window_uri
-    for window in labelled:
-        others.pop(window, None)
+    others = rejected.get((uri, newest.as_py()), set()) - set(labelled)
 
     known = [*labelled, *others]
     col_off, row_off = min(window.col_off for window in known), min(window.row_off for window in known)
@@ -313,7 +304,7 @@ def _scene(uri: str, rows: pa.Table, rejected: Mapping[tuple[str, str], set[str]
         uri=uri,
         version=newest.as_py(),
         windows=pa.table({**{name: rows[name] for name in ("part", "image_id", "width", "height")}, **place}),
-        rejected=tuple(others.values()),
+        rejected=tuple(sorted(window_uri(uri, window) for window in others)),
         num_missing=-(-width // step_right) * -(-height // step_down) - rows.num_rows,
         runs=(runs["min"].as_py(), runs["max"].as_py()),
         height=height,
@@ -324,8 +315,8 @@ def _scene(uri: str, rows: pa.Table, rejected: Mapping[tuple[str, str], set[str]
 
 
 def _name(uri: str) -> str:
-    """The stem of a scene's URI, and the digest of all of it."""
-    stem = re.sub(r"[^A-Za-z0-9._-]", "_", PurePosixPath(uri.partition("?")[0]).stem)[:_STEM_LENGTH]
+    """The name of a scene, and the digest of all of its URI."""
+    stem = re.sub(r"[^A-Za-z0-9._-]", "_", image_name(uri.partition("?")[0]))[:_STEM_LENGTH]
     return f"{stem}-{hashlib.blake2b(uri.encode(), digest_size=6).hexdigest()}"
 
 

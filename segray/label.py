@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -31,7 +32,7 @@ from segray import metrics, progress
 from segray.classes import Classes
 from segray.columns import binary
 from segray.decode import MAX_PIXELS, decode
-from segray.errors import Reject, RunError, SettingsError, SinkError, SourceError
+from segray.errors import Reject, RunError, SettingsError, SinkError, SourceError, extra
 from segray.labelmap import dtype_for, encode_png
 from segray.progress import Fetched, Ledger, Snapshot, Totals, is_json, note, print_table, say, say_as, watch
 from segray.tile import Scenes, Tiling
@@ -125,7 +126,7 @@ class Label:
     """What the forward pass computes in; float16 on GPUs alone."""
 
     batch_size: int = 16
-    """Images, or tiles, that share a forward pass; beyond 640×640 pixels in proportion fewer."""
+    """Images, or tiles, that share a forward pass; beyond 640×640 pixels (on a CPU 360×360) in proportion fewer."""
 
     actors: str | None = None
     """Copies of the model: 4, or from 2:8 as the load asks; None: one a GPU, or one for each --threads CPUs."""
@@ -207,15 +208,16 @@ def label(job: Label) -> None:
     from segray.session import root_cause, session
     from segray.sink import PartSink, Sink
 
-    source = _source(job)
+    area = _area(job)
+    source, entries = _source(job, area)
     checkpoint = model.load(job.model, job.weights, job.classes)
     job = _fitted(job, checkpoint)
     for notice in model.notices(checkpoint):
         note(notice)
-    recipe = _recipe(job, checkpoint)
+    recipe = _recipe(job, checkpoint, area)
     sink = Sink(job.sink, recipe["recipe"])
     if job.dry_run:
-        _print_prospect(job, source, checkpoint, sink, recipe["recipe"])
+        _print_prospect(job, entries, area, checkpoint, sink, recipe["recipe"])
         return
 
     lock = hold(
@@ -230,7 +232,7 @@ def label(job: Label) -> None:
         placement = _placed(job, ray)
         parts = sink.parts()  # before what is done: what a dying run commits in between is then seen at the end
         done = sink.done(with_rejects=not job.retry_rejects)
-        pages = _pages(job, source, sink, done, checkpoint, recipe["recipe"])
+        pages = _pages(job, entries, area, sink, done, checkpoint, recipe["recipe"])
         index = _index(pages, source, _per_block(job))
         sink.start(recipe)
         ledger = _start_ledger(ray, run.run_id, job.max_images, run.deadline)
@@ -238,7 +240,7 @@ def label(job: Label) -> None:
         failure: str | None = None
         try:
             if index.blocks and not run.ended:
-                labelled = _chain(job, checkpoint, placement, index.blocks, done, ledger, sink.write_shard)
+                labelled = _chain(job, area, checkpoint, placement, index.blocks, done, ledger, sink.write_shard)
                 with run.in_pipeline(), _watched(run, index, placement, ledger):
                     labelled.write_datasink(
                         PartSink(sink, checkpoint.classes, run.run_id, ledger, index.num_images),
@@ -285,8 +287,14 @@ def label(job: Label) -> None:
         )
 
 
-def _source(job: Label) -> Any:
-    """What SOURCE names.
+def _area(job: Label) -> Any:
+    from segray.cut import Area
+
+    return None if job.scenes.area is None else Area.load(job.scenes.area)
+
+
+def _source(job: Label, area: Any) -> tuple[Any, Iterator[pa.Table]]:
+    """What SOURCE names, and its entries, which are asked for once.
 
     Raises:
         SourceError: there is nothing, unless it is a search: that may find nothing new.
@@ -297,18 +305,22 @@ def _source(job: Label) -> Any:
         source: Any = Source(job.source, job.column)
         wanted = "images and no shards"
     else:
-        from segray.catalog import SceneSource
+        with extra("geo", "--scenes.size"):
+            from segray.catalog import SceneSource
 
-        area = None if job.scenes.area is None else _area(job).to_dict()
-        source = SceneSource(job.source, job.column, bands=job.scenes.calls, area=area)
+        of_area = None if area is None else area.to_dict()
+        source = SceneSource(job.source, job.column, bands=job.scenes.calls, area=of_area)
         wanted = "scenes"
-    may_be_empty = job.scenes.size is not None and source.is_search
-    if next(source.entries(), None) is None and not may_be_empty:
+    entries = source.entries()
+    if job.scenes.size is not None and source.is_search:
+        return source, entries
+    first = next(entries, None)
+    if first is None:
         raise SourceError(
             f"{source.uri} holds no {wanted}"
             + (f", only {source.num_other} files of other kinds" if source.num_other else "")
         )
-    return source
+    return source, itertools.chain([first], entries)
 
 
 def _fitted(job: Label, checkpoint: Any) -> Label:
@@ -361,6 +373,7 @@ def _start_ledger(ray: Any, run_id: str, max_images: int | None, deadline: float
 
 def _chain(
     job: Label,
+    area: Any,
     checkpoint: Any,
     placement: Placement,
     blocks: list[Any],
@@ -387,7 +400,7 @@ def _chain(
             _decode, **task, fn_kwargs={"max_pixels": job.max_pixels}
         )
     else:
-        read_arguments = {"scenes": job.scenes, "area": _area(job), "ledger": ledger}
+        read_arguments = {"scenes": job.scenes, "area": area, "ledger": ledger}
         decoded = entries.map_batches(_read, **task, fn_kwargs=read_arguments)
     return (
         # map_batches would insist on a number of rows with a GPU. Ours are whole blocks,
@@ -629,12 +642,6 @@ def _read(windows: pa.Table, *, scenes: Scenes, area: Any, ledger: Any) -> Itera
     ray.get(ledger.fetched.remote(first, Fetched(num_seen=num_seen, num_present=0, is_shard=False)))
 
 
-def _area(job: Label) -> Any:
-    from segray.cut import Area
-
-    return None if job.scenes.area is None else Area.load(job.scenes.area)
-
-
 def _decode(fetched: pa.Table, *, max_pixels: int) -> Iterator[pa.Table]:
     return metrics.staged("decode", _decoded(fetched, max_pixels))
 
@@ -742,26 +749,34 @@ class _Page:
     """Whether entries have no version, or had none in an earlier run, so that its rejects may be put right."""
 
 
-def _pages(job: Label, source: Any, sink: Any, done: np.ndarray, checkpoint: Any, recipe_id: str) -> Iterator[_Page]:
+def _pages(
+    job: Label,
+    entries: Iterator[pa.Table],
+    area: Any,
+    sink: Any,
+    done: np.ndarray,
+    checkpoint: Any,
+    recipe_id: str,
+) -> Iterator[_Page]:
     """What is there and what of it is done, some thousand entries at a time."""
     if job.scenes.size is None:
-        return _image_pages(source, sink, done)
-    return _scene_pages(job, source, sink, done, checkpoint, recipe_id)
+        return _image_pages(entries, job.column, sink, done)
+    return _scene_pages(job, entries, area, sink, done, checkpoint, recipe_id)
 
 
-def _image_pages(source: Any, sink: Any, done: np.ndarray) -> Iterator[_Page]:
+def _image_pages(entries: Iterator[pa.Table], column: str | None, sink: Any, done: np.ndarray) -> Iterator[_Page]:
     """What is there and what of it is done, some thousand entries at a time."""
     from segray.source import image_id, is_shard, known, shard_id
 
     noted = sink.shards() if len(done) else set()
 
     def num_done(shard: Mapping[str, Any]) -> int | None:
-        name = shard_id(shard["uri"], shard["version"] or "", source.column)
+        name = shard_id(shard["uri"], shard["version"] or "", column)
         number: int | None = sink.num_done(name, done) if name in noted else None
         return number
 
     with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
-        for table in source.entries():
+        for table in entries:
             shards = np.array([is_shard(uri) for uri in table["uri"].to_pylist()], bool)
             loose, in_shards = table.filter(pa.array(~shards)), table.filter(pa.array(shards))
             versioned = zip(loose["uri"].to_pylist(), loose["version"].to_pylist(), strict=True)
@@ -780,7 +795,13 @@ def _image_pages(source: Any, sink: Any, done: np.ndarray) -> Iterator[_Page]:
 
 
 def _scene_pages(
-    job: Label, source: Any, sink: Any, done: np.ndarray, checkpoint: Any, recipe_id: str
+    job: Label,
+    entries: Iterator[pa.Table],
+    area: Any,
+    sink: Any,
+    done: np.ndarray,
+    checkpoint: Any,
+    recipe_id: str,
 ) -> Iterator[_Page]:
     """Likewise of scenes, whose windows are loose images; what those are is noted in the sink, as it is of shards."""
     from segray.catalog import scene_version
@@ -788,7 +809,6 @@ def _scene_pages(
     from segray.source import image_id, known, shard_id
 
     noted = sink.shards()
-    area = _area(job)
 
     def look_at(entry: Mapping[str, Any]) -> tuple[pa.Table, int, bool]:
         """The windows that are to be read, how many are done, and whether that is known without a look at the scene."""
@@ -805,7 +825,7 @@ def _scene_pages(
 
     num_scenes = num_outside = 0
     with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
-        for table in source.entries():
+        for table in entries:
             found = list(pool.map(look_at, table.to_pylist()))
             num_scenes += len(found)
             num_outside += sum(windows.num_rows + number == 0 for windows, number, _ in found)
@@ -862,11 +882,11 @@ def _index(pages: Iterator[_Page], source: Any, per_block: tuple[int, int]) -> _
     num_loose = num_shards = num_present = 0
     is_unversioned = False
     for page in pages:
+        num_loose += page.loose.num_rows
         # Few at first, that all may begin; then more, that millions of images are some thousand blocks.
         size = max(per_block[0], min(per_block[1], num_loose // _NUM_SMALL_BLOCKS))
         blocks += [ray.put(page.loose.slice(row, size)) for row in range(0, page.loose.num_rows, size)]
         blocks += [ray.put(page.shards.slice(row, 1)) for row in range(page.shards.num_rows)]
-        num_loose += page.loose.num_rows
         num_shards += page.shards.num_rows
         num_present += page.num_present
         is_unversioned |= page.is_unversioned
@@ -948,14 +968,13 @@ class _Run:
         }
 
 
-def _recipe(job: Label, checkpoint: Any) -> dict[str, Any]:
+def _recipe(job: Label, checkpoint: Any, area: Any) -> dict[str, Any]:
     """What decides a label, and its digest: the recipe's id."""
     from segray.crf import Crf
 
     tiling = dataclasses.asdict(job.tiling)
     more: dict[str, Any] = {"crf": dataclasses.asdict(Crf())} if job.crf else {}
     if job.scenes.size is not None:
-        area = _area(job)
         of_area = None if area is None else area.to_dict()
         more["scenes"] = dataclasses.asdict(job.scenes) | {"area": of_area}
     decisive = {
@@ -986,7 +1005,9 @@ def _recipe(job: Label, checkpoint: Any) -> dict[str, Any]:
     }
 
 
-def _print_prospect(job: Label, source: Any, checkpoint: Any, sink: Any, recipe: str) -> None:
+def _print_prospect(
+    job: Label, entries: Iterator[pa.Table], area: Any, checkpoint: Any, sink: Any, recipe: str
+) -> None:
     """What a run would do, how long it would take and what it would cost."""
     from segray.source import num_members
     from segray.store import LabelStore
@@ -997,16 +1018,25 @@ def _print_prospect(job: Label, source: Any, checkpoint: Any, sink: Any, recipe:
         records = [record for record in store.runs() if record["recipe"] == recipe and record["images_per_second"]]
         others = [other for other in store.recipe_ids() if other != recipe]
     done = sink.done(with_rejects=not job.retry_rejects, repair=False)
-    pages = list(_pages(job, source, sink, done, checkpoint, recipe))
-    loose, shards = (pa.concat_tables(getattr(page, name) for page in pages) for name in ("loose", "shards"))
+    if job.scenes.size is None:
+        from segray.source import ENTRIES as schema
+    else:
+        from segray.cut import WINDOWS as schema
+    some_loose, some_shards = [_kept(job, schema.empty_table())], [schema.empty_table()]
+    num_present = num_shards_done = num_in_shards_done = 0
+    for page in _pages(job, entries, area, sink, done, checkpoint, recipe):
+        some_loose.append(_kept(job, page.loose))
+        some_shards.append(page.shards)
+        num_present += page.num_present
+        num_shards_done += page.num_shards_done
+        num_in_shards_done += page.num_in_shards_done
+    loose, shards = pa.concat_tables(some_loose), pa.concat_tables(some_shards)
     num_loose, num_shards = loose.num_rows, shards.num_rows
-    num_shards_done = sum(page.num_shards_done for page in pages)
     if num_shards_done:
-        per_shard = sum(page.num_in_shards_done for page in pages) / num_shards_done
+        per_shard = num_in_shards_done / num_shards_done
     else:
         per_shard = num_members(shards["uri"][0].as_py(), job.column) if num_shards else 0
     beside = f" (beside {', '.join(others)})" if others else ""
-    num_present = sum(page.num_present for page in pages)
     changed = ["of these, changed since they were labelled", f"{sink.num_changed(_versions(loose, shards)):,}"]
     if job.scenes.size is None:
         found = [
@@ -1036,7 +1066,7 @@ def _print_prospect(job: Label, source: Any, checkpoint: Any, sink: Any, recipe:
         return
     noun, num_images = _noun(job), min(num_loose + round(num_shards * per_shard), job.max_images or sys.maxsize)
     if job.sample is not None:
-        start_seconds, rate = _time_sample(job, checkpoint, loose, shards, done)
+        start_seconds, rate = _time_sample(job, area, checkpoint, loose, shards, done)
         basis = "a sample"
     elif records:
         start_seconds, rate = records[0]["seconds"]["start"], records[0]["images_per_second"]
@@ -1052,12 +1082,17 @@ def _print_prospect(job: Label, source: Any, checkpoint: Any, sink: Any, recipe:
     )
 
 
+def _kept(job: Label, loose: pa.Table) -> pa.Table:
+    """What a dry run needs of images, of which there may be millions: all, where a sample is taken."""
+    return loose if job.sample is not None else _versions(loose)
+
+
 def _versions(*tables: pa.Table) -> pa.Table:
     return pa.concat_tables(table.select(["uri", "version"]) for table in tables)
 
 
 def _time_sample(
-    job: Label, checkpoint: Any, loose: pa.Table, shards: pa.Table, done: np.ndarray
+    job: Label, area: Any, checkpoint: Any, loose: pa.Table, shards: pa.Table, done: np.ndarray
 ) -> tuple[float, float]:
     """Labels some images and forgets them: the seconds before the first, and images a second from there.
 
@@ -1073,10 +1108,10 @@ def _time_sample(
         for table, size in ((loose, _per_block(job)[0]), (shards, 1)):
             # From all over the index, as its beginning may be like itself alone.
             rows = np.unique(np.linspace(0, table.num_rows, job.sample, endpoint=False, dtype=int))
-            some = table.take(pa.array(rows[: table.num_rows]))
+            some = pa.concat_tables([table.slice(0, 0), *(table.slice(row, 1) for row in rows)])
             blocks += [ray.put(some.slice(row, size)) for row in range(0, some.num_rows, size)]
         ledger = _start_ledger(ray, "sample", job.sample, None)
-        chain = _chain(job, checkpoint, _placed(job, ray), blocks, done, ledger, _forget)
+        chain = _chain(job, area, checkpoint, _placed(job, ray), blocks, done, ledger, _forget)
         for _ in chain.iter_batches(batch_size=None):
             pass
         state: Snapshot = ray.get(ledger.snapshot.remote(), timeout=_LEDGER_SECONDS)
@@ -1112,13 +1147,15 @@ def _print_summary(job: Label, record: Mapping[str, Any]) -> None:
     print(f"run {record['run_id']} of recipe {record['recipe']}: {record['status']}{ended}")
     print_table([noun, ""], rows)
     if counts["labelled"]:
+        has_areas = any(c["area_m2"] is not None for c in record["classes"])
         print_table(
-            ["class", "pixels", "share", noun, "confidence"],
+            ["class", "pixels", "share", *(["hectares"] if has_areas else []), noun, "confidence"],
             [
                 [
                     f"{c['class_id']} {c['class_name']}",
                     f"{c['num_pixels']:,}",
                     f"{c['fraction']:.2%}",
+                    *([f"{c['area_m2'] / 10_000:,.2f}"] if has_areas else []),
                     f"{c['num_images']:,}",
                     "" if c["mean_confidence"] is None else f"{c['mean_confidence']:.3f}",
                 ]

@@ -146,8 +146,8 @@ def build(checkpoint: Checkpoint) -> nn.Module:
     """The module with the checkpoint's tensors in float32, in evaluation mode, on the CPU.
 
     Raises:
-        ModelError: the architecture is not known, the tensors do not fit it, or it is ONNX and onnxruntime is not
-            installed.
+        ModelError: the architecture is not known, or the tensors do not fit it.
+        SettingsError: it is ONNX, and onnxruntime is not installed.
     """
     if checkpoint.architecture == _ONNX:
         graph = checkpoint.tensors["graph"].numpy().tobytes()

@@ -43,7 +43,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from segray.classes import Classes
-from segray.errors import ModelError, SettingsError
+from segray.errors import ModelError, SettingsError, extra
 from segray.preprocessing import Preprocessing
 
 __all__ = ["Description", "Graph", "Output", "check", "describe"]
@@ -183,7 +183,8 @@ class Graph(nn.Module):
             name: stands for the file in errors.
 
         Raises:
-            ModelError: onnxruntime is not installed or cannot open it, or the graph is not of a form that is known.
+            SettingsError: onnxruntime is not installed.
+            ModelError: onnxruntime cannot open it, or the graph is not of a form that is known.
         """
         super().__init__()
         self.tile_size = tile_size
@@ -313,13 +314,8 @@ def _check_given(name: str, given: Tensor, described: Description) -> None:
 
 
 def _session(data: bytes, device: torch.device, name: str) -> Any:
-    try:
+    with extra("onnx", name):
         import onnxruntime
-    except ImportError as error:
-        raise ModelError(
-            f"{name} needs onnxruntime, which is not installed; pip install 'segray[onnx]', "
-            "or onnxruntime-gpu where there are GPUs"
-        ) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4  # what it logs it raises too

@@ -61,7 +61,7 @@ from segray.datasets.dataset import unreadable_is_a_reject
 from segray.datasets.folders import read_classes
 from segray.datasets.tree import Tree, safe_name
 from segray.decode import MAX_PIXELS, decode
-from segray.errors import Reject, RunError, SettingsError, SinkError, SourceError
+from segray.errors import Reject, RunError, SettingsError, SinkError, SourceError, extra
 from segray.labelmap import decode_png, encode_png
 from segray.lock import hold
 from segray.pairs import INDEX, INDEX_NAME, TARGET_EXTENSION, Census, shown, write_index
@@ -783,12 +783,8 @@ class _Cut(NamedTuple):
 
 
 def _plan_scenes(job: Pack) -> _Plan:
-    try:
+    with extra("geo", "--dataset scenes"):
         from segray.datasets import scenes
-    except ModuleNotFoundError as error:
-        raise SettingsError(
-            f"--dataset scenes needs {error.name}, which is not installed; pip install 'segray[geo]'"
-        ) from error
 
     tree = Tree(job.source)
     classes = read_classes(tree, job.classes)

@@ -287,7 +287,7 @@ class Joiner:
 
 def _union(pieces: Sequence[Sequence[Any]]) -> Shaped[np.ndarray, " n"]:
     """Each group as one polygon, without the points on straight lines that were corners of its pieces."""
-    outlines = np.array([some[0] if len(some) == 1 else shapely.union_all(some) for some in pieces], object)
+    outlines = np.array([_united(some) for some in pieces], object)
     rings, polygon_of = shapely.get_rings(outlines, return_index=True)
     points, ring_of = shapely.get_coordinates(rings, return_index=True)
     is_open = np.append(ring_of[1:] == ring_of[:-1], False)  # without the last, which is the first again
@@ -300,6 +300,21 @@ def _union(pieces: Sequence[Sequence[Any]]) -> Shaped[np.ndarray, " n"]:
     is_corner = into[:, 0] * out[:, 1] != into[:, 1] * out[:, 0]
     rings = shapely.linearrings(points[is_corner], indices=ring_of[is_corner])
     return np.asarray(shapely.polygons(rings, indices=polygon_of))
+
+
+def _united(pieces: Sequence[Any]) -> Any:
+    """The pieces of a polygon as one.
+
+    A hole of a piece lies within its window, so that no other piece reaches into it. Without them, what the union costs
+    hangs on the outer rings alone, and a background has millions of holes.
+    """
+    if len(pieces) == 1:
+        return pieces[0]
+    rings, piece_of = shapely.get_rings(np.array(pieces, object), return_index=True)
+    is_outer = np.append(True, piece_of[1:] != piece_of[:-1])
+    outer, *between = shapely.get_rings(shapely.union_all(shapely.polygons(rings[is_outer])))
+    holes = [*between, *rings[~is_outer]]
+    return shapely.polygons(outer, holes) if holes else shapely.polygons(outer)
 
 
 class GeoParquet:

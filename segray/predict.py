@@ -35,7 +35,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 T = TypeVar("T")
 _Item = TypeVar("_Item", np.ndarray, "Raster")
 
-_FULL_BATCH_SIDE = 640
+_FULL_BATCH_SIDE = {"cuda": 640, "cpu": 360}  # a CPU gains nothing from more, and its memory is shared by all
 _MAX_ASPECT = 64
 _LOGITS_BYTES = 256 * 2**20
 
@@ -111,8 +111,8 @@ class Predictor:
             read_checkpoint: gives the bytes of a `Checkpoint`; called once, where the model will live.
             tiling: how large images are cut.
             crf: what refines the model's probabilities. None: nothing does.
-            batch_size: images, or tiles, of up to 640×640 pixels that share a forward pass;
-                larger ones in proportion fewer.
+            batch_size: images, or tiles, of up to 640×640 pixels (on a CPU 360×360) that share a
+                forward pass; larger ones in proportion fewer.
             device: torch's name of a device.
             dtype: what the forward pass computes in; logits are float32 from there on. An ONNX model's graph says
                 that itself.
@@ -352,7 +352,7 @@ class Predictor:
     def _num_together(self, height: int, width: int) -> int:
         side = self._tiling.size
         num_pixels = min(height, side) * min(width, side)
-        return max(1, min(self._batch_size, self._batch_size * _FULL_BATCH_SIDE**2 // num_pixels))
+        return max(1, min(self._batch_size, self._batch_size * _FULL_BATCH_SIDE[self._device.type] ** 2 // num_pixels))
 
     def _resized(self, images: UInt8[Tensor, "batch 3 height width"]) -> UInt8[Tensor, "batch 3 h w"]:
         pixels = images.to(self._device)

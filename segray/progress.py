@@ -234,7 +234,7 @@ class Totals:
     rejects: Counter[tuple[str, str]]
     """Images, by stage and kind."""
     classes: list[dict[str, Any]] = field(default_factory=list)
-    """For each class its pixels, their share, the images it occurs in, the mean confidence."""
+    """For each class its pixels, their share and square metres, the images it occurs in, the mean confidence."""
 
     @classmethod
     def of(cls, receipts: "list[Receipt]", classes: Classes) -> "Totals":
@@ -243,6 +243,7 @@ class Totals:
         num_pixels = sum((r.num_pixels for r in receipts), zeros.astype(np.int64))
         num_images = sum((r.num_images for r in receipts), zeros.astype(np.int64))
         confidence_sum = sum((r.confidence_sum for r in receipts), zeros)
+        area_sum = sum((r.area_sum for r in receipts), zeros)
         total = int(num_pixels.sum())
         return cls(
             num_labelled=sum(r.num_labelled for r in receipts),
@@ -253,6 +254,7 @@ class Totals:
                     "class_name": name,
                     "num_pixels": int(num_pixels[class_id]),
                     "fraction": int(num_pixels[class_id]) / total if total else 0.0,
+                    "area_m2": float(area_sum[class_id]) if area_sum.any() else None,
                     "num_images": int(num_images[class_id]),
                     "mean_confidence": float(confidence_sum[class_id] / num_pixels[class_id])
                     if num_pixels[class_id]

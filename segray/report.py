@@ -29,11 +29,12 @@ from tyro.conf import Positional
 from segray.classes import RGB, Classes
 from segray.curves import Training, data_uri
 from segray.decode import decode
-from segray.errors import Reject, RunError, SegrayError, SettingsError, SinkError
+from segray.errors import Reject, RunError, SegrayError, SettingsError, SinkError, extra
 from segray.labelmap import class_mask, colourise, decode_png
 from segray.preprocessing import Preprocessing
 from segray.source import read_images
 from segray.store import LabelStore, image_name
+from segray.tile import Scenes
 
 __all__ = ["Report", "report"]
 
@@ -433,11 +434,9 @@ def _window(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> UInt8[np.ndarr
     Raises:
         SegrayError: there is none; it says why.
     """
-    try:
+    with extra("geo", "a picture of a scene"):
         from segray.picture import picture
-    except ImportError as error:
-        raise SettingsError(f"reading scenes needs the extra geo: pip install 'segray[geo]' ({error})") from error
-    return picture(row, Preprocessing.from_dict(recipe["preprocessing"]))
+    return picture(row, Preprocessing.from_dict(recipe["preprocessing"]), Scenes.from_dict(recipe["scenes"]))
 
 
 def _jpeg(pixels: UInt8[np.ndarray, "height width 3"], size: tuple[int, int]) -> str:

@@ -46,7 +46,7 @@ from segray import metrics
 from segray.classes import Classes
 from segray.errors import SinkError
 from segray.retry import retrying
-from segray.source import filesystem, is_scene, is_shard, known
+from segray.source import filesystem, known
 
 __all__ = [
     "LABELLED",
@@ -168,6 +168,8 @@ class Receipt:
     """Pixels of each class."""
     confidence_sum: Float64[np.ndarray, " num_classes"]
     """Sum of the confidence over the pixels of each class."""
+    area_sum: Float64[np.ndarray, " num_classes"]
+    """Square metres of each class; 0 where images have no place on Earth."""
     parts: tuple[str, ...]
     """Its parts, as `label_maps/NAME` and `rejects/NAME`."""
 
@@ -246,27 +248,22 @@ class Sink:
     def drop_superseded(self) -> None:
         """Removes rejects that a later run has put right under other image_ids.
 
-        Those of shards, whose images it labelled, and those without a version, as the object could not be looked up.
+        Those of shards and scenes, whose images or windows it labelled, and those without a version, as the object
+        could not be looked up.
 
         Raises:
             SinkError: a part cannot be read, or not be replaced.
         """
         columns = ["uri", "version", "run_id"]
         rejects = {part: self._read("rejects", part, columns).to_pylist() for part in self._parts("rejects")}
-        wanted = {
-            row["uri"]
-            for rows in rejects.values()
-            for row in rows
-            if not row["version"] or is_shard(row["uri"]) or is_scene(row["uri"])
-        }
+        wanted = {row["uri"] for rows in rejects.values() for row in rows}
         if not wanted:
             return
 
         def among(part: str) -> set[tuple[str, str, str]]:
             rows = self._read("label_maps", part, columns)
-            shards = pc.replace_substring_regex(rows["uri"], "#.*", "")
             found: set[tuple[str, str, str]] = set()
-            for uris in (rows["uri"], shards):
+            for uris in _with_wholes(rows["uri"]):
                 some = rows.set_column(0, "uri", uris).filter(pc.is_in(uris, pa.array(wanted)))
                 found |= set(zip(*(column.to_pylist() for column in some.columns), strict=True))
             return found
@@ -294,8 +291,7 @@ class Sink:
                 some = parts[first : first + _REQUESTS_IN_FLIGHT]
                 read = functools.partial(self._read, "label_maps", columns=["uri", "version"])
                 table = pa.concat_tables(pool.map(read, some))
-                shards = pc.replace_substring_regex(table["uri"], "#.*", "")
-                for uris in (table["uri"], shards):
+                for uris in _with_wholes(table["uri"]):
                     found = pc.is_in(uris, entries["uri"].combine_chunks())
                     rows |= set(
                         zip(uris.filter(found).to_pylist(), table["version"].filter(found).to_pylist(), strict=True)
@@ -448,11 +444,12 @@ class Sink:
         shape = (-1, len(classes))
         num_pixels = _flat(labelled["num_pixels"], np.int64).reshape(shape)
         confidence_sum = _flat(labelled["confidence_sum"], np.float64).reshape(shape)
+        area_sum = np.zeros((1, len(classes)))
         if labelled.num_rows:
             statistics = _statistics(labelled, num_pixels, confidence_sum, classes)
             if "area_sum" in labelled.column_names:
-                areas = _flat(labelled["area_sum"], np.float64).reshape(shape)[np.nonzero(num_pixels)]
-                statistics = statistics.append_column("area_m2", pa.array(areas))
+                area_sum = _flat(labelled["area_sum"], np.float64).reshape(shape)
+                statistics = statistics.append_column("area_m2", pa.array(area_sum[np.nonzero(num_pixels)]))
             part = part_name(labelled)
             self._put_table("statistics", part, _of_run(statistics, run_id), STATISTICS)
             self._put_table("label_maps", part, _of_run(labelled, run_id), LABEL_MAPS)
@@ -469,6 +466,7 @@ class Sink:
             num_images=(num_pixels > 0).sum(0),
             num_pixels=num_pixels.sum(0),
             confidence_sum=confidence_sum.sum(0),
+            area_sum=area_sum.sum(0),
             parts=tuple(parts),
         )
 
@@ -603,8 +601,10 @@ def put(filesystem: Any, path: str, data: bytes) -> None:
     os.close(directory)
 
 
-def _has_many(uri: str) -> bool:
-    return is_shard(uri) or is_scene(uri)
+def _with_wholes(uris: pa.ChunkedArray) -> tuple[pa.ChunkedArray, ...]:
+    """URIs as they are, as those of the scenes whose windows they are, and of the shards whose members."""
+    # A scene's own may have a `#` before an item's id, and a member's name one within.
+    return uris, *(pc.replace_substring_regex(uris, pattern, "") for pattern in ("#[^#]*$", "#.*"))
 
 
 def part_name(rows: pa.Table) -> str:

@@ -40,7 +40,6 @@ __all__ = [
     "fetch",
     "filesystem",
     "image_id",
-    "is_scene",
     "is_shard",
     "known",
     "look_up",
@@ -118,12 +117,6 @@ def shard_id(uri: str, version: str, column: str | None) -> str:
 def is_shard(uri: str) -> bool:
     """Whether the URI's ending says that there are many images in it."""
     return uri.lower().endswith(_SHARD_SUFFIXES)
-
-
-def is_scene(uri: str) -> bool:
-    """Whether a URI may be a scene's, which has many windows: by its ending, or as STAC APIs name items."""
-    path = uri.partition("#")[0].lower()
-    return path.endswith(_SCENE_SUFFIXES) or (path.startswith("http") and "." not in path.rpartition("/")[2])
 
 
 def known(ids: Shaped[np.ndarray, " n"], done: Shaped[np.ndarray, " m"]) -> Bool[np.ndarray, " n"]:

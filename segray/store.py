@@ -13,16 +13,23 @@ import pyarrow.parquet as pq
 
 from segray.errors import SinkError
 from segray.source import filesystem
+from segray.tile import scene_and_window
 
 __all__ = ["LabelStore", "image_name"]
+
+_ITEM = re.compile(r"(?i:.+\.(?:geo)?json|https?://.+/[^/.#]+)#(?P<id>[^/#]+)", re.DOTALL)
 
 
 def image_name(uri: str) -> str:
     """The name by which an image and its target find each other: the stem of the URI's last component.
 
     `file:///a/1.jpg`, `s3://b/x.tar#dir/1.jpg` and `s3://b/x.parquet#12/1.jpg` are all called `1`;
-    `s3://b/x.parquet#12`, a row without a name, is called `12`.
+    `s3://b/x.parquet#12`, a row without a name, is called `12`. A window is called what its scene is, and an item of a
+    collection, such as `file:///a/found.json#S2A_1`, by its id.
     """
+    uri, _ = scene_and_window(uri) or (uri, None)
+    if item := _ITEM.fullmatch(uri):
+        return item["id"]
     member = re.split(r"\.(?:tar|tar\.gz|tgz|parquet)#", uri, maxsplit=1)[-1]
     return PurePosixPath(member).stem
 

@@ -1,11 +1,15 @@
 """Window, Tiling, Scenes: how what is too large for the model, or for the memory, is cut."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from segray.errors import SettingsError
 
-__all__ = ["Scenes", "Tiling", "Window", "cores", "windows", "windows_into"]
+__all__ = ["Scenes", "Tiling", "Window", "cores", "scene_and_window", "window_uri", "windows", "windows_into"]
+
+_OF_SCENE = re.compile(r"(?P<scene>.+)#(?P<window>\d+,\d+,\d+,\d+)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,12 @@ class Scenes:
         if len({name.casefold() for name in names}) < len(names):
             raise SettingsError(f"scenes.bands {' '.join(self.bands)}: a name stands there twice")
 
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Scenes":
+        """How the scenes of a recipe were cut; its area stands in the recipe itself."""
+        told = {name: value for name, value in fields.items() if name != "area"}
+        return cls(**told | {"bands": tuple(told.get("bands", ()))})
+
     @property
     def calls(self) -> dict[str, str]:
         """What scenes call the bands, by their names."""
@@ -154,6 +164,17 @@ def cores(height: int, width: int, size: int) -> list[Window]:
         for top in range(0, height, size)
         for left in range(0, width, size)
     ]
+
+
+def window_uri(scene: str, window: Window) -> str:
+    """The URI of a window of the scene at this one."""
+    return f"{scene}#{window.col_off},{window.row_off},{window.width},{window.height}"
+
+
+def scene_and_window(uri: str) -> tuple[str, Window] | None:
+    """The inverse of `window_uri`. None: it is none of a window."""
+    match = _OF_SCENE.fullmatch(uri)
+    return (match["scene"], Window(*map(int, match["window"].split(",")))) if match else None
 
 
 def windows_into(core: Window, height: int, width: int, tiling: Tiling) -> list[Window]:

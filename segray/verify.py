@@ -20,7 +20,7 @@ from rich.progress import track
 from tyro.conf import Positional
 
 from segray.classes import Classes
-from segray.errors import RunError, SegrayError, SettingsError, SinkError, SourceError
+from segray.errors import RunError, SegrayError, SettingsError, SinkError, SourceError, extra
 from segray.labelmap import decode_png
 from segray.lock import hold
 from segray.preprocessing import Preprocessing
@@ -120,6 +120,7 @@ def verify(job: Verify) -> None:
     Raises:
         SinkError: there is no such store or recipe, or it is empty.
         SourceError: the source cannot be listed or holds no image.
+        SettingsError: the source is of scenes, and the extra `geo` is not installed.
         Locked: a run holds the sink's lock, and `repair` would write.
         RunError: there are problems; they were printed.
     """
@@ -368,9 +369,11 @@ def _source(job: Verify, recipe: Mapping[str, Any]) -> Any:
     assert job.source is not None
     if "scenes" not in recipe:
         return Source(job.source, job.column)
-    from segray.catalog import SceneSource
+    with extra("geo", "a SOURCE of scenes"):
+        from segray.catalog import SceneSource
 
-    return SceneSource(job.source, job.column, bands=_scenes(recipe).calls, area=recipe["scenes"]["area"])
+    bands = Scenes.from_dict(recipe["scenes"]).calls
+    return SceneSource(job.source, job.column, bands=bands, area=recipe["scenes"]["area"])
 
 
 def _find_missing(ray: Any, source: Any, recipe: Mapping[str, Any], done: np.ndarray) -> _Missing:
@@ -430,23 +433,18 @@ def _look_at_scenes(entries: pa.Table, done: np.ndarray, recipe: Mapping[str, An
     from segray.cut import Area, windows_of
 
     missing = _Missing()
-    of_scenes, area = _scenes(recipe), recipe["scenes"]["area"]
+    of_scenes, area = Scenes.from_dict(recipe["scenes"]), recipe["scenes"]["area"]
     wanted = None if area is None else Area(shapely.MultiPolygon(shapely.geometry.shape(area)))
     preprocessing = Preprocessing.from_dict(recipe["preprocessing"])
     for entry in entries.to_pylist():
         version = entry["version"] or scene_version(entry["uri"], of_scenes.calls)
-        windows = windows_of(entry["uri"], version, of_scenes, wanted, preprocessing, entry["item"]).to_pylist()
-        missing.num_seen += len(windows)
-        for row in np.flatnonzero(~known(np.array([window["image_id"] for window in windows], "S32"), done)):
-            reason = windows[row]["reason"]
-            missing.problems.add([windows[row]["uri"] + (f" ({reason})" if reason else "")])
+        windows = windows_of(entry["uri"], version, of_scenes, wanted, preprocessing, entry["item"])
+        missing.num_seen += windows.num_rows
+        not_done = ~known(np.array(windows["image_id"].to_pylist(), "S32"), done)
+        for window in windows.select(["uri", "reason"]).filter(pa.array(not_done)).to_pylist():
+            reason = window["reason"]
+            missing.problems.add([window["uri"] + (f" ({reason})" if reason else "")])
     return missing
-
-
-def _scenes(recipe: Mapping[str, Any]) -> Scenes:
-    """How the scenes of a recipe were cut; its area stands in the recipe itself."""
-    told = {name: value for name, value in recipe["scenes"].items() if name != "area"}
-    return Scenes(**told | {"bands": tuple(told.get("bands", ()))})
 
 
 def _check_runs(store: LabelStore, recipe_id: str | None, problems: _Problems) -> int:

@@ -16,7 +16,7 @@ from segray.labelmap import encode_png
 from segray.scene import describe
 from segray.sink import LABEL_MAPS, REJECTS, STATISTICS
 from segray.source import filesystem
-from segray.tile import cores
+from segray.tile import cores, window_uri
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def windows(raster: Path, label_map: np.ndarray, size: int, pixel_area_m2: float
             **{f"transform_{letter}": value for letter, value in zip("abcdef", transform, strict=True)},
             **dict(zip(("west", "south", "east", "north"), bounds, strict=True)),
         }
-        uri = f"{scene.uri}#{core.col_off},{core.row_off},{core.width},{core.height}"
+        uri = window_uri(scene.uri, core)
         part = label_map[core.rows, core.cols]
         images.append(Image(uri=uri, label_map=part, place=place, pixel_area_m2=pixel_area_m2))
     return images

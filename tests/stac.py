@@ -41,6 +41,7 @@ class Api(BaseHTTPRequestHandler):
     """A STAC API: five items, two a page; what it was asked is kept."""
 
     asked: ClassVar[list[tuple[str, str, dict[str, Any]]]] = []
+    updated: ClassVar[str] = "2026-11-22T00:00:00Z"
 
     def do_GET(self) -> None:
         parts = urlsplit(self.path)
@@ -73,6 +74,8 @@ class Api(BaseHTTPRequestHandler):
                 *(item(str(index), self_link=f"{link}{index}", updated="2026-11-22T00:00:00Z") for index in some),
                 links=[following] if first + NUM_A_PAGE < last else [],
             )
+        elif path == "/items/of-today":
+            found = item("of-today", updated=type(self).updated)
         else:
             self.send_error(404)
             return

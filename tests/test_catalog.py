@@ -3,6 +3,7 @@ from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import fsspec
 import numpy as np
@@ -320,6 +321,25 @@ def test_a_search_asks_for_the_area_unless_it_names_one(api: str) -> None:
     assert "intersects" not in Api.asked[0][2]
 
 
+def test_a_search_may_filter_with_an_area_and_without(api: str) -> None:
+    text = "eo:cloud_cover < 10"
+    query = urlencode({"collections": "s2", "filter": text})
+    assert len(uris(f"{api}/search?{query}")) == NUM_FOUND
+    assert Api.asked[0][2] == {"collections": "s2", "filter": text, "filter-lang": "cql2-text"}
+    Api.asked.clear()
+    assert len(uris(f"{api}/search?{query}", area=FIELD)) == NUM_FOUND
+    method, _, wanted = Api.asked[0]
+    assert (method, wanted["bbox"]) == ("GET", "-87.5,30.5,-87.4,30.6"), "as a POST takes no text for a filter"
+    assert (wanted["filter"], wanted["filter-lang"]) == (text, "cql2-text")
+    as_json = {"op": "<", "args": [{"property": "eo:cloud_cover"}, 10]}
+    query = urlencode({"collections": "s2", "filter": json.dumps(as_json), "filter-lang": "cql2-json"})
+    Api.asked.clear()
+    assert len(uris(f"{api}/search?{query}", area=FIELD)) == NUM_FOUND
+    method, _, wanted = Api.asked[0]
+    assert (method, wanted["intersects"]) == ("POST", FIELD)
+    assert (wanted["filter"], wanted["filter-lang"]) == (as_json, "cql2-json")
+
+
 def test_a_collection_of_an_api_is_all_of_its_items_or_those_near_the_area(api: str) -> None:
     for url in (f"{api}/collections/s2", f"{api}/collections/s2/items"):
         Api.asked.clear()
@@ -332,6 +352,14 @@ def test_a_search_may_find_nothing_and_says_that_it_is_one(api: str) -> None:
     source = SceneSource(f"{api}/search?collections=empty")
     assert source.is_search
     assert listed(source) == []
+
+
+def test_an_item_that_a_service_updates_is_new_though_as_long_as_before(
+    api: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert versions(f"{api}/items/of-today") == ["2026-11-22T00:00:00Z"]
+    monkeypatch.setattr(Api, "updated", "2026-11-23T00:00:00Z")
+    assert versions(f"{api}/items/of-today") == ["2026-11-23T00:00:00Z"]
 
 
 def test_what_an_api_is_not_asked_is_refused(api: str) -> None:

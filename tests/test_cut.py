@@ -11,6 +11,7 @@ import rasterio
 from affine import Affine
 from pyproj import Transformer
 from rasterio.enums import ColorInterp
+from ray._private.arrow_serialization import _arrow_table_reduce
 
 from segray import cut
 from segray.cut import RASTERS, WINDOWS, Area, areas_by_class, read_windows, windows_of
@@ -84,6 +85,19 @@ def test_the_windows_of_a_scene_are_its_cores_row_by_row_with_ids_of_their_own(p
     assert [(row["row_off"], row["col_off"]) for row in found] == [
         (r, c) for r in (0, 64, 128) for c in (0, 64, 128, 192)
     ]
+
+
+def test_a_block_of_windows_holds_its_scenes_once_and_no_others(tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"{name}.tif", samples(400, 400)) for name in "ab"]
+    found = [windows(path, scenes=Scenes(size=4)) for path in paths]
+    scenes = [one["pickled"][0].as_py() for one in found]
+    index = pa.concat_tables([WINDOWS.empty_table(), *(one.filter(pa.array([True] * 100**2)) for one in found)])
+    for first, expected in ((0, [1, 0]), (100**2 - 30, [1, 1]), (100**2 + 5000, [0, 1])):
+        block = index.slice(first, 60)
+        as_ray_keeps_it = pickle.dumps(_arrow_table_reduce(block))
+        assert [as_ray_keeps_it.count(scene) for scene in scenes] == expected
+        assert block.nbytes < len(as_ray_keeps_it) < 30_000
+        assert pickle.loads(block["pickled"][-1].as_py()).uri == paths[expected[1]]
 
 
 def test_bands_are_those_of_the_model_in_its_order(tmp_path: Path) -> None:
@@ -286,21 +300,71 @@ def test_an_area_may_reach_where_the_scenes_crs_has_no_place(path: str, tmp_path
     assert world.covers(describe(path, "7"), Window(0, 0, 200, 150)).all()
 
 
-def test_an_area_across_the_antimeridian_is_two_polygons(tmp_path: Path) -> None:
-    transform = Affine(10, 0, 499000, 0, -10, 9900000)
-    path = write(
-        tmp_path / "a.tif", samples(150, 200), crs="EPSG:32760", transform=transform @ Affine.translation(33300, 0)
-    )
+ACROSS = {
+    "UTM": ("EPSG:32760", Affine(10, 0, 832000, 0, -10, 9900000)),
+    "degrees beyond 180": (DEGREES, Affine(0.01, 0, 179, 0, -0.01, 40)),
+    "degrees beyond -180": (DEGREES, Affine(0.01, 0, -181, 0, -0.01, 40)),
+    "degrees from 0 to 360": (DEGREES, Affine(1.8, 0, 0, 0, -0.9, 70)),
+    "Mercator": ("EPSG:3857", Affine(500, 0, 20037508.342789244 - 50000, 0, -500, 5e6)),
+}
+
+
+@pytest.mark.parametrize("name", ACROSS)
+def test_an_area_across_the_antimeridian_is_two_polygons(name: str, tmp_path: Path) -> None:
+    crs, transform = ACROSS[name]
+    path = write(tmp_path / "a.tif", samples(150, 200), crs=crs, transform=transform)
     scene = describe(path, "7")
-    west, _, east, _ = scene.bounds(Window(0, 0, 200, 150))
-    assert west > east, "it lies across"
-    halves = [[(179, -90), (180, -90), (180, 0), (179, 0)], [(-180, -90), (-179, -90), (-179, 0), (-180, 0)]]
-    covered = [
-        Area.load(write_area(tmp_path / f"{len(some)}.geojson", *some)).covers(scene, Window(0, 0, 200, 150))
-        for some in (halves[:1], halves)
-    ]
-    assert 0 < covered[0].sum() < covered[0].size
-    assert covered[1].all()
+    east = [(175, -85), (180, -85), (180, 85), (175, 85)]
+    west = [(-180, -85), (-175, -85), (-175, 85), (-180, 85)]
+    cols, rows = np.meshgrid(np.arange(200) + 0.5, np.arange(150) + 0.5)
+    lons = Transformer.from_crs(crs, DEGREES, always_xy=True).transform(*(transform @ (cols, rows)))[0]
+    lons = (lons + 180) % 360 - 180
+    for number, (rings, expected) in enumerate(
+        [([east], lons > 175), ([west], lons < -175), ([east, west], np.abs(lons) > 175)]
+    ):
+        area = Area.load(write_area(tmp_path / f"{number}.geojson", *rings))
+        np.testing.assert_array_equal(area.covers(scene, Window(0, 0, 200, 150)), expected)
+        in_windows = np.zeros((150, 200), bool)
+        for row in windows(path, area).to_pylist():
+            core = Window(*(row[side] for side in ("col_off", "row_off", "width", "height")))
+            in_windows[core.rows, core.cols] = area.covers(scene, core)
+        np.testing.assert_array_equal(in_windows, expected)
+
+
+@pytest.mark.parametrize(
+    ("crs", "transform"),
+    [
+        ("EPSG:3031", Affine(500, 0, 0, 0, -500, -1e6)),
+        ("EPSG:3857", Affine(500, 0, 20037508.342789244, 0, -500, 5e6)),
+        ("EPSG:3413", Affine(10000, 0, -1e6, 0, -10000, 1e6)),
+    ],
+)
+def test_a_grid_that_begins_on_the_antimeridian_is_covered_by_the_world(
+    crs: str, transform: Affine, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.tif", samples(150, 200), crs=crs, transform=transform)
+    world = Area.load(write_area(tmp_path / "world.geojson", [(-180, -90), (180, -90), (180, 90), (-180, 90)]))
+    found = windows(path, world).to_pylist()
+    assert len(found) == 12
+    for row in found:
+        core = Window(*(row[side] for side in ("col_off", "row_off", "width", "height")))
+        assert world.covers(describe(path, "7"), core).mean() > 0.99
+
+
+def test_no_window_is_lost_of_which_an_area_covers_a_pixel(tmp_path: Path) -> None:
+    """A parallel around a pole is a circle, of which the scene's extent and a window's make different polygons."""
+    transform = Affine(40000, 0, -4e6, 0, -40000, 4e6)
+    path = write(tmp_path / "a.tif", samples(200, 200), crs="EPSG:3031", transform=transform)
+    scene = describe(path, "7")
+    for latitude in (-60.0, -63.5, -71.2):
+        ring = [(-180.0, -90.0), (180.0, -90.0), (180.0, latitude), (-180.0, latitude)]
+        area = Area.load(write_area(tmp_path / "area.geojson", ring))
+        for size in (10, 20):
+            touched = area.touches(scene, size)
+            grid = [(row, col) for row in range(200 // size) for col in range(200 // size)]
+            covered = [area.covers(scene, Window(col * size, row * size, size, size)).any() for row, col in grid]
+            assert 0 < sum(covered) < len(grid)
+            assert not (np.array(covered) & ~touched.ravel()).any()
 
 
 def test_straight_edges_of_an_area_bend_as_they_do_on_earth(tmp_path: Path) -> None:
@@ -357,6 +421,22 @@ def test_an_area_may_be_a_geometry_a_feature_or_several_and_travels(tmp_path: Pa
         (tmp_path / "area.geojson").write_text(json.dumps(form))
         area = pickle.loads(pickle.dumps(Area.load(str(tmp_path / "area.geojson"))))
         assert area.to_dict() == {"type": "MultiPolygon", "coordinates": [[ring]]}
+
+
+LOOPS: dict[str, tuple[list[tuple[float, float]], float]] = {
+    "a bow-tie": ([(0, 0), (1, 1), (1, 0), (0, 1)], 1 / 2),
+    "a loop over itself": ([(0, 0), (0.75, 0), (0.75, 0.75), (0.25, 0.25), (1, 0.25), (1, 1), (0, 1)], 15 / 16),
+    "a spike": ([(0, 0), (1, 0), (1, 1), (2, 2), (1, 1), (0, 1)], 1),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_an_area_that_crosses_itself_loses_no_loop(name: str, path: str, tmp_path: Path) -> None:
+    ring, share = LOOPS[name]
+    scene = describe(path, "7")
+    corners = [corner(scene, 200 * x, 150 * (1 - y)) for x, y in ring]
+    area = Area.load(write_area(tmp_path / "area.geojson", corners))
+    assert area.covers(scene, Window(0, 0, 200, 150)).mean() == pytest.approx(share, abs=0.01)
 
 
 # Without data

@@ -25,12 +25,15 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
+import rasterio
 import ukis_csmask
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
+from rio_cogeo.cogeo import cog_validate
 
 from segray.crf import Crf
 from segray.errors import Locked, RunError, SettingsError, SourceError
+from segray.export import Export, export
 from segray.label import Label, _deadline, label, place
 from segray.labelmap import decode_png
 from segray.lock import hold
@@ -388,10 +391,12 @@ def test_clouds_of_a_landsat_scene_on_s3_are_labelled_by_the_published_model(
     for band in ("B2", "B3", "B4", "B5", "BQA"):
         fs.put(str(landsat / f"l8_{band}.tif"), f"{root}/l8_{band}.tif")
     scale, offset = reflectance(landsat / "l8_MTL.txt")
+    (tmp_path / "classes.txt").write_text("clear\ncloud\nshadow\n")
     job = Label(
         source=f"{root}/*_{{band}}.tif",
         sink=f"{root}-labels",
         model=str(Path(ukis_csmask.__file__).with_name("model_4b_l1c.onnx")),
+        classes=str(tmp_path / "classes.txt"),
         tiling=Tiling(overlap=205),  # 51 of the 256 pixels that the model takes
         scenes=Scenes(size=1024, bands=("blue=B2", "green=B3", "red=B4", "nir=B5"), scale=scale, offset=offset),
     )
@@ -411,6 +416,21 @@ def test_clouds_of_a_landsat_scene_on_s3_are_labelled_by_the_published_model(
     assert sum(statistics["area_m2"].to_pylist()) == pytest.approx(603 * 627 * 900, rel=0.01)
     label(job)
     assert newest_run(job.sink)["counts"] == counts | {"labelled": 0, "present": 1}
+
+    export(Export(sink=job.sink, dest=f"{root}-maps", processes=1))
+    fs.get(f"{root}-maps/", f"{tmp_path}/maps/", recursive=True)
+    [raster], [polygons] = ([*(tmp_path / "maps").rglob(f"l8_*{suffix}")] for suffix in (".tif", ".parquet"))
+    assert cog_validate(str(raster), strict=True, quiet=True)[0]
+    with rasterio.open(raster) as exported, rasterio.open(landsat / "l8_BQA.tif") as quality:
+        assert (exported.transform, exported.crs) == (quality.transform, quality.crs)
+        label_map = exported.read(1)
+        is_cloud = quality.read(1) >> 14 == 3  # with high confidence
+    np.testing.assert_array_equal(label_map, decode_png(row["label_map"]))
+    assert (label_map[is_cloud] == 1).mean() > 0.99, "what the quality band is sure of"
+    hectares = pq.read_table(polygons).group_by("class_name").aggregate([("area_m2", "sum")]).sort_by("class_name")
+    by_name = statistics.sort_by("class_name")
+    assert hectares["class_name"].to_pylist() == by_name["class_name"].to_pylist() == ["clear", "cloud", "shadow"]
+    assert hectares["area_m2_sum"].to_pylist() == pytest.approx(by_name["area_m2"].to_pylist(), rel=1e-9)
 
 
 def test_a_search_labels_what_is_new_in_the_area_alone(tmp_path: Path, ray_cluster: None) -> None:
@@ -649,7 +669,7 @@ def test_a_run_in_which_nothing_goes_on_ends_and_names_what_is_outstanding(
 ) -> None:
     os.mkfifo(photos / "never-ends.jpg")  # whoever reads it waits for a writer
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
-    monkeypatch.setattr("segray.label._IMAGES_PER_BLOCK", 5)
+    monkeypatch.setattr("segray.label._IMAGES_PER_BLOCK", (5, 5))
     sink = str(tmp_path / "labels")
     with (
         monkeypatch.context() as soon,

@@ -11,27 +11,33 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset as pads
 import pytest
 import rasterio
+import ray
 import shapely
 from pyproj import Geod, Transformer
 
 from segray import catalog
 from segray.classes import Classes
+from segray.cut import Area
 from segray.errors import SettingsError, SourceError
-from segray.label import Label, label
+from segray.label import Label, _index, _Page, label
 from segray.labelmap import decode_png
 from segray.model import Preprocessing, load, untrained
 from segray.predict import Prediction, Predictor, Raster
 from segray.scene import describe, read
+from segray.source import Source
 from segray.tile import Scenes, Tiling, Window
 from segray.verify import Verify, verify
+from tests.benchmarks import scenes
 from tests.graphs import convolutions, described
 from tests.graphs import write as write_model
 from tests.label_store import newest_run
 from tests.rasters import BANDS, DEGREES, DEGREES_GRID, NODATA, samples, write, write_area
 from tests.s3 import BUCKET, Server
+from tests.stac import NUM_A_PAGE, NUM_FOUND, Api, serving
 from tests.test_cut import area_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -220,10 +226,34 @@ def test_scenes_that_cannot_be_labelled_are_rejects_and_nothing_else_is_lost(lab
     }
 
 
-def test_the_summary_speaks_of_windows_and_scenes(labelled: Labelled) -> None:
+def test_the_summary_speaks_of_windows_scenes_and_hectares(labelled: Labelled) -> None:
+    statistics = rows(labelled.job.sink, "statistics")
+    for told in labelled.run["classes"]:
+        area_m2 = sum(row["area_m2"] for row in statistics if row["class_id"] == told["class_id"])
+        assert told["area_m2"] == pytest.approx(area_m2, rel=1e-9)
+        assert re.search(rf"{told['class_name']} │.*│ +{area_m2 / 10_000:,.2f} │", labelled.printed)
     assert re.search(r"windows ", labelled.printed)
     assert re.search(r"other files, not scenes\s+│\s+1 ", labelled.printed)
     assert "image" not in labelled.printed
+
+
+def test_a_scene_is_labelled_as_its_quarters_are(small_model: str, ray_cluster: None, tmp_path: Path) -> None:
+    side, size = 300, CUT.size
+    assert size is not None
+    scene = tmp_path / "scenes/whole.tif"
+    write(scene, samples(side, side))
+    begin = scenes.write_quarters(tmp_path / "quarters", scene, side, size)
+    for source, sink in ((scene, "labels"), (tmp_path / "quarters", "of-quarters")):
+        label(Label(source=str(source), sink=str(tmp_path / sink), model=small_model, scenes=CUT))
+    assert scenes.num_alike(str(tmp_path / "labels"), str(tmp_path / "of-quarters"), begin, side, size) == 25
+
+
+def test_no_process_of_a_run_holds_a_scene(small_model: str, tmp_path: Path) -> None:
+    scenes.draw(tmp_path / "scene.tif", 3072)
+    memory = scenes.label(tmp_path / "scene.tif", tmp_path / "labels", "--model", small_model, "--scenes.size", 1024)
+    assert newest_run(str(tmp_path / "labels"))["counts"]["labelled"] == 9
+    assert {"ray::MapBatches", "ray::MapWorker"} <= memory.resident.keys()
+    assert max(memory.resident.values()) < scenes.MAX_BYTES
 
 
 def test_a_second_run_does_nothing_and_opens_no_scene(labelled: Labelled, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +265,22 @@ def test_a_second_run_does_nothing_and_opens_no_scene(labelled: Labelled, monkey
     assert run["counts"] == {**counts, "labelled": 0, "rejected": 0, "present": counts["seen"]}
     parts = {name for name in listing(Path(labelled.job.sink)) - before if not name.startswith(("runs/", "lock/"))}
     assert parts == set()
+
+
+def test_a_scene_of_many_windows_is_in_few_blocks_from_the_first_on(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = _Page(
+        loose=pa.table({"uri": [str(number) for number in range(70)]}),
+        shards=pa.table({"uri": pa.array([], pa.string())}),
+        num_present=0,
+        num_shards_done=0,
+        num_in_shards_done=0,
+        is_unversioned=False,
+    )
+    monkeypatch.setattr("segray.label._NUM_SMALL_BLOCKS", 10)
+    index = _index(iter([page, page]), Source("."), (4, 10))
+    assert [ray.get(block).num_rows for block in index.blocks] == [7] * 10 + [10] * 7
 
 
 @pytest.fixture
@@ -297,6 +343,36 @@ def test_where_all_lies_outside_of_the_area_the_run_says_so(
     label(job)
     assert f"1 of 1 scenes lie outside of {area}; nothing of them is labelled" in capsys.readouterr().err
     assert newest_run(job.sink)["counts"]["seen"] == 0
+
+
+def test_a_search_is_asked_once_and_an_area_read_once(
+    small_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    area = write_area(tmp_path / "area.geojson", [(-88.0, 30.0), (-87.0, 30.0), (-87.0, 31.0)])
+    loaded, load_area = [], Area.load
+
+    def load_(uri: str) -> Area:
+        loaded.append(uri)
+        return load_area(uri)
+
+    monkeypatch.setattr(Area, "load", load_)
+    Api.asked.clear()
+    with serving(Api) as api:
+        scenes = dataclasses.replace(CUT, area=area)
+        source, sink = f"{api}/search?collections=s2", str(tmp_path / "labels")
+        label(Label(source=source, sink=sink, model=small_model, scenes=scenes, dry_run=True))
+    assert re.search(rf"windows to label\s+│\s+{NUM_FOUND} ", capsys.readouterr().out), "as their files are missing"
+    assert [path for _, path, _ in Api.asked].count("/search") == -(-NUM_FOUND // NUM_A_PAGE)
+    assert loaded == [area]
+
+
+def test_a_dry_run_of_a_search_that_finds_nothing_says_so(
+    small_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(Api) as api:
+        source, sink = f"{api}/search?collections=empty", str(tmp_path / "labels")
+        label(Label(source=source, sink=sink, model=small_model, scenes=CUT, dry_run=True))
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_a_manifest_of_scenes_on_s3_is_labelled_and_not_opened_again(

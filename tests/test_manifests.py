@@ -7,6 +7,8 @@ import os
 import re
 import shlex
 import subprocess
+import sys
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -620,6 +622,25 @@ def test_the_image_is_built_from_what_the_allow_list_names() -> None:
     }
     assert copied == allowed
     assert all((ROOT / name).exists() for name in copied)
+
+
+def test_the_image_has_what_images_scenes_and_onnx_models_need() -> None:
+    text = text_of("Dockerfile")
+    [code] = re.findall(r'python -c "(.+)"', text)
+    code = code.replace("/tmp/segray", str(ROOT))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    [onnxruntime] = re.findall(r"^ARG ONNXRUNTIME=(.+)$", text, re.MULTILINE)
+    assert '"$ONNXRUNTIME"' in text
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert done.stdout.split() == [*project["dependencies"], *extras["geo"]]
+    names = [
+        re.split(r"[\[>=]", requirement)[0] for requirement in (*done.stdout.split(), onnxruntime, *extras["onnx"])
+    ]
+    assert names[-2] == names[-1] == "onnxruntime"
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {line.partition("==")[0].lower().replace("_", "-") for line in lines}
+    assert set(names) <= pinned
 
 
 def test_lines_to_change_are_few() -> None:

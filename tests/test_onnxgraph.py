@@ -295,7 +295,7 @@ def test_a_gpu_gives_the_logits_of_the_cpu(clouds: Checkpoint) -> None:
 
 def test_without_onnxruntime_the_way_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ModelError, match=r"needs onnxruntime, which is not installed; pip install 'segray\[onnx\]'"):
+    with pytest.raises(SettingsError, match=r"needs onnxruntime, which is not installed; pip install 'segray\[onnx\]'"):
         graph_of(convolutions())
 
 

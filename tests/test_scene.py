@@ -232,6 +232,33 @@ def test_a_mask_says_what_is_valid(where: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(values, samples * mask)
 
 
+def test_a_band_may_have_a_mask_of_its_own(tmp_path: Path) -> None:
+    masks = np.ones((2, 8, 9), np.uint8)
+    masks[0, :2], masks[1, :, :3] = 0, 0
+    for name, samples in (("a", numbers(2, 8, 9)), ("masks", masks)):
+        draw(tmp_path / f"{name}.tif", samples)
+    bands = "".join(
+        f'<VRTRasterBand dataType="UInt16" band="{band}">{_source("a", band)}<MaskBand><VRTRasterBand dataType="Byte">'
+        f"{_source('masks', band)}</VRTRasterBand></MaskBand></VRTRasterBand>"
+        for band in (1, 2)
+    )
+    path = tmp_path / "a.vrt"
+    path.write_text(
+        f'<VRTDataset rasterXSize="9" rasterYSize="8"><SRS>{UTM}</SRS>'
+        f"<GeoTransform>452475,10,0,3408645,0,-10</GeoTransform>{bands}</VRTDataset>"
+    )
+    values, valid = read_all(str(path))
+    np.testing.assert_array_equal(valid, masks.all(0))
+    np.testing.assert_array_equal(values, numbers(2, 8, 9) * masks.all(0))
+
+
+def _source(name: str, band: int) -> str:
+    return (
+        f'<SimpleSource><SourceFilename relativeToVRT="1">{name}.tif</SourceFilename><SourceBand>{band}</SourceBand>'
+        "</SimpleSource>"
+    )
+
+
 def test_a_fourth_band_with_a_name_of_its_own_is_no_alpha(tmp_path: Path) -> None:
     samples = numbers(4, 5, 6, dtype="uint8")
     samples[3, :2] = 0
@@ -299,6 +326,7 @@ RPCS = RPC(
     *(1000.0, 500.0, 30.0, 0.1, [0.0] * 19 + [1.0], [0.0] * 20, 100.0, 100.0, -87.0, 0.1),
     *([1.0] + [0.0] * 19, [0.0] * 20, 100.0, 100.0, 1.0, 1.0),
 )
+GEOSTATIONARY = "+proj=geos +h=35786023 +lon_0=-75 +sweep=x"
 LOCAL = 'LOCAL_CS["of a building site",UNIT["metre",1]]'
 NOWHERE: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({"crs": None, "transform": None}, "no CRS and no geotransform; .* gdal_translate -a_srs"),
@@ -310,6 +338,10 @@ NOWHERE: dict[str, tuple[dict[str, Any], str]] = {
     "no size": ({"transform": Affine(10, 0, 5e5, 0, 0, 4e6)}, "a pixel has no size"),
     "metres for degrees": ({"crs": "EPSG:4326"}, "outside its CRS"),
     "beyond its CRS": ({"transform": Affine(10, 0, 1e9, 0, -10, 1e9)}, "outside its CRS"),
+    "a full disk": (
+        {"crs": GEOSTATIONARY, "transform": Affine(4e5, 0, -6e6, 0, -6e5, 6e6)},
+        "edges lie off the Earth, as of a full disk, warp it: gdalwarp",
+    ),
     "local": ({"crs": LOCAL}, "no way leads from its CRS"),
 }
 
@@ -353,6 +385,17 @@ BOUNDS = {
     "up to 180": ("EPSG:4326", Affine(1, 0, 170, 0, -1, 10), 20, 10, (170.0, -10.0, 180.0, 10.0)),
     "from 180": ("EPSG:4326", Affine(1, 0, 180, 0, -1, 10), 20, 10, (-180.0, -10.0, -170.0, 10.0)),
     "the world": ("EPSG:4326", Affine(0.25, 0, -0.125, 0, -0.25, 90.125), 721, 1440, (-180.0, -90.0, 180.0, 90.0)),
+    "from 180 in metres": (
+        *("EPSG:3857", Affine(500, 0, 20037508.342789244, 0, -500, 5e6), 50, 50),
+        (-180.0, 40.7463, -179.7754, 40.9163),
+    ),
+    "up to 180 by a pole": (
+        "EPSG:3031",
+        Affine(500, 0, 0, 0, -500, -1e6),
+        100,
+        100,
+        (177.1376, -80.8153, 180, -80.3472),
+    ),
     "around a pole": ("EPSG:3031", Affine(1e3, 0, -5e4, 0, -1e3, 5e4), 100, 100, (-180.0, -90.0, 180.0, -89.3492)),
 }
 
@@ -827,6 +870,13 @@ def test_a_window_from_s3_takes_few_requests_and_no_listing(
             assert "/a.tif" in path_and_query and "list-type" not in path_and_query
 
 
+def test_a_remote_raster_that_was_replaced_is_read_anew(bucket: str, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        samples = numbers(20, 30, seed=seed)
+        scene = describe(put(draw(tmp_path / "a.tif", samples), f"{bucket}/a.tif"), str(seed))
+        np.testing.assert_array_equal(read(scene, whole(scene))[0][0], samples)
+
+
 def test_a_mask_beside_a_remote_raster_is_found(bucket: str, tmp_path: Path) -> None:
     mask = np.eye(20, 30, dtype=bool)
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False):
@@ -836,6 +886,11 @@ def test_a_mask_beside_a_remote_raster_is_found(bucket: str, tmp_path: Path) -> 
     values, valid = read_all(uri)
     np.testing.assert_array_equal(valid, mask)
     np.testing.assert_array_equal(values[0], numbers(20, 30) * mask)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False):
+        draw(tmp_path / "a.tif", numbers(20, 30), mask=~mask)
+    put(f"{path}.msk", f"{uri}.msk")
+    scene = describe(uri, "2")
+    np.testing.assert_array_equal(read(scene, whole(scene))[1], ~mask)
 
 
 def test_an_item_on_s3_names_its_neighbours(bucket: str, tmp_path: Path) -> None:

@@ -249,6 +249,11 @@ def images(*uris: str, version: str = "1", reject: str | None = None) -> pa.Tabl
     return table.set_column(2, "version", pa.repeat(version, len(uris)))
 
 
+def rejects_in(folder: Path) -> list[dict[str, Any]]:
+    paths = (folder / "rejects/recipe=r1").iterdir()
+    return [row for path in paths for row in pq.read_table(path, partitioning=None).to_pylist()]
+
+
 def test_rejects_that_a_later_run_put_right_under_other_ids_go_and_no_others(tmp_path: Path) -> None:
     store = Sink(str(tmp_path), "r1")
     why = "forbidden: 403"
@@ -263,6 +268,26 @@ def test_rejects_that_a_later_run_put_right_under_other_ids_go_and_no_others(tmp
     ]:
         [*_] = store.write(table, CLASSES, run_id)
     store.drop_superseded()
-    paths = (tmp_path / "rejects/recipe=r1").iterdir()
-    left = sorted(uri for path in paths for uri in pq.read_table(path)["uri"].to_pylist())
+    left = sorted(row["uri"] for row in rejects_in(tmp_path))
     assert left == ["bad.jpg", "gone.jpg", "half.tar", "never.jpg", "shut.tar"]
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "file:///x/a.img",
+        "file:///x/items.json#S2A_1",
+        "https://h/a.tif?sig=1",
+        "https://h/items/S2A_1.SAFE",
+        "s3://b/LC08_{band}",
+        "s3://b/a.tar",
+    ],
+)
+def test_a_reject_of_what_holds_many_goes_when_a_part_of_it_is_labelled(uri: str, tmp_path: Path) -> None:
+    store = Sink(str(tmp_path), "r1")
+    [*_] = store.write(images(uri, "other.img#1", reject="truncated"), CLASSES, "1")
+    [*_] = store.write(images(f"{uri}#0,0,64,64"), CLASSES, "2")
+    store.drop_superseded()
+    assert [row["uri"] for row in rejects_in(tmp_path)] == ["other.img#1"]
+    entries = pa.table({"uri": [uri], "version": ["2"]})
+    assert store.num_changed(entries) == 1

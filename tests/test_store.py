@@ -23,6 +23,13 @@ CLASSES = Classes(("soil", "crop"))
         ("file:///a/shard-000000.tar.gz#0001.jpg", "0001"),
         ("s3://b/x.parquet#12/0001.jpg", "0001"),
         ("s3://b/x.parquet#12", "12"),
+        ("s3://b/scene.v2.tif#0,512,512,256", "scene.v2"),
+        ("file:///a/found.json#S2A_1.v2", "S2A_1.v2"),
+        ("file:///a/found.json#S2%2FA_1#0,512,512,256", "S2%2FA_1"),
+        ("s3://b/found.GEOJSON#S2A_1", "S2A_1"),
+        ("https://api/v1.0/search#S2A_1", "S2A_1"),
+        ("https://api/v1.0/collections/s2/items/S2A_1", "S2A_1"),
+        ("file:///a/item.json", "item"),
     ],
 )
 def test_names(uri: str, name: str) -> None:

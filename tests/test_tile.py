@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segray.errors import SettingsError
-from segray.tile import Scenes, Tiling, Window, cores, windows, windows_into
+from segray.tile import Scenes, Tiling, Window, cores, scene_and_window, window_uri, windows, windows_into
 
 
 @st.composite
@@ -212,3 +212,10 @@ def test_a_setting_of_scenes_out_of_bounds_is_refused(settings: dict[str, Any], 
 def test_scenes_may_be_without_a_halo_and_are_not_meant_unless_a_size_is_given() -> None:
     assert Scenes().size is None
     assert Scenes(size=1, halo=0).around(Window(3, 4, 1, 1), 10, 10) == Window(3, 4, 1, 1)
+
+
+def test_a_windows_uri_tells_the_scene_and_the_window() -> None:
+    window = Window(512, 0, 30, 7)
+    for scene in ("file:///a/b#1.tif", "file:///a/found.json#one", "s3://b/L_{band}.TIF", "a#1,2,3,4"):
+        assert scene_and_window(window_uri(scene, window)) == (scene, window)
+    assert scene_and_window("file:///a/photo.tif#12") is None

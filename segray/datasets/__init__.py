@@ -14,7 +14,7 @@ from segray.datasets.dataset import DataSet, Pair, ToTarget, read
 from segray.datasets.folders import folders
 from segray.datasets.tree import Tree
 from segray.datasets.voc import sbd, voc
-from segray.errors import SettingsError
+from segray.errors import SettingsError, extra
 
 __all__ = ["KINDS", "DataSet", "Pair", "ToTarget", "open_dataset", "read"]
 
@@ -47,9 +47,5 @@ def open_dataset(kind: str, source: str, *, classes: str | None = None) -> DataS
         raise SettingsError(f"--dataset {kind}: there is no such kind; choose one of {', '.join(KINDS)}")
     if classes is not None and kind != "folders":
         raise SettingsError(f"--classes {classes}: {kind} has classes of its own; leave the option out")
-    try:
+    with extra("datasets", f"--dataset {kind}"):
         return KINDS[kind](Tree(source), **({"classes": classes} if kind == "folders" else {}))
-    except ModuleNotFoundError as error:
-        raise SettingsError(
-            f"--dataset {kind} needs {error.name}, which is not installed; pip install 'segray[datasets]'"
-        ) from error

@@ -131,6 +131,10 @@ class Scene:
         """
         return place.bounds(self.crs, self._grid(window))
 
+    def turns(self, window: Window) -> list[tuple[float, float]]:
+        """By how much (x, y) pixels of a window lie off the places that longitudes in [-180, 180] lead to."""
+        return place.turns(self.crs, self._grid(window))
+
     def pixel_areas(self, window: Window) -> Float64[np.ndarray, "height width"]:
         """The area of each pixel of a window on the ellipsoid, in m²; perhaps a view that cannot be written to."""
         return place.pixel_areas(self.crs, self._grid(window))

@@ -1,7 +1,6 @@
 """describe: a look at the files of a scene."""
 
 import functools
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +13,9 @@ from rasterio.enums import ColorInterp, MaskFlags
 
 from segray.errors import Reject, SettingsError
 from segray.scene.bands import Band, Listed, Scene, chosen, declared_nodata, placed
-from segray.scene.gdal import begins_with, fetched, gdal_path, one_line, with_dataset
+from segray.scene.gdal import begins_with, gdal_path, one_line, with_dataset
 from segray.scene.place import Grid, Transform, six
-from segray.scene.stac import in_item, is_item
+from segray.scene.stac import in_item, item_at
 from segray.tile import Window
 
 __all__ = ["describe"]
@@ -34,8 +33,8 @@ def describe(
     """Looks at the files of a scene; no pixel is read.
 
     Args:
-        uri: a raster; a STAC item (it ends in `.json` or `.geojson`, or is a web address without such an ending); or
-            a template, which has `{band}` in it.
+        uri: a raster; a STAC item (it ends in `.json` or `.geojson`, or is a web address without such an ending), or
+            one of a collection of items, with `#` and its id; or a template, which has `{band}` in it.
         version: of what is there.
         bands: the bands that are wanted, in order, and no other file is looked at: from the name that each is to have
             to what the scene calls it. In a raster that is its description, its colour or its number from 1, in a
@@ -55,10 +54,8 @@ def describe(
         wanted = [Listed(name, gdal_path(uri.replace(_SLOT, text))) for name, text in bands.items()]
     else:
         in_file = functools.partial(_in_file, look=look)
-        if item is not None or is_item(uri):
-            listed = in_item(_item(uri) if item is None else item, uri, in_file)
-        else:
-            listed = in_file(gdal_path(uri))
+        item = item_at(uri) if item is None else item
+        listed = in_file(gdal_path(uri)) if item is None else in_item(item, uri, in_file)
         wanted = [band for band in listed if not band.is_hidden] if bands is None else chosen(listed, bands)
     scene = placed(uri, version, _crs(wanted, look), _bands(wanted, look))
     scene.bounds(Window(0, 0, scene.width, scene.height))  # it raises where that is nowhere on Earth
@@ -88,16 +85,6 @@ def _in_file(path: str, look: _Look) -> list[Listed]:
         Listed(name, path, index, (str(index),), is_hidden=index == file.alpha)
         for index, name in enumerate(file.names, 1)
     ]
-
-
-def _item(uri: str) -> Mapping[str, Any]:
-    try:
-        fields = json.loads(fetched(uri))
-    except ValueError as error:
-        raise Reject("decode", "not a STAC item", f"it is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise Reject("decode", "not a STAC item", f"it is a {type(fields).__name__} in JSON")
-    return fields
 
 
 def _crs(wanted: Sequence[Listed], look: _Look) -> str:

@@ -150,6 +150,11 @@ def opened(path: str, version: str) -> Iterator[rasterio.DatasetReader]:
     with _idle_lock:
         position = next((p for p, (key, _) in enumerate(_idle) if key == (path, version)), None)
         dataset = None if position is None else _idle.pop(position)[1]
+        # As long as one of another version is open, GDAL takes what it knows of that for the new one.
+        outdated = [one for (there, other), one in _idle if there == path and other != version]
+        _idle[:] = [entry for entry in _idle if entry[1] not in outdated]
+    for one in outdated:
+        one.close()
     if dataset is None:
         dataset = _newly_opened(path)
     try:

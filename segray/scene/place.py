@@ -14,7 +14,7 @@ from pyproj.exceptions import CRSError, ProjError
 from segray.errors import Reject
 from segray.scene.gdal import one_line
 
-__all__ = ["DRIFT_PIXELS", "Grid", "Transform", "bounds", "is_one_crs", "is_one_grid", "pixel_areas", "six"]
+__all__ = ["DRIFT_PIXELS", "Grid", "Transform", "bounds", "is_one_crs", "is_one_grid", "pixel_areas", "six", "turns"]
 
 Transform = tuple[float, float, float, float, float, float]
 """Affine a, b, c, d, e, f: pixel (col, row) lies at x = a·col + b·row + c, y = d·col + e·row + f."""
@@ -73,13 +73,43 @@ def bounds(crs: str, grid: Grid) -> tuple[float, float, float, float]:
         raise Reject("decode", "no place", f"no way leads from its CRS to EPSG:4326: {one_line(str(error))}") from error
     highest = 90 + abs(transform.d) + abs(transform.e)  # as pixels may be centred on a pole
     if not all(map(math.isfinite, (west, south, east, north))) or south < -highest or north > highest:
-        detail = f"x from {min(xs)} to {max(xs)} and y from {min(ys)} to {max(ys)} lie outside its CRS ({crs[:40]})"
+        detail = (
+            f"x from {min(xs)} to {max(xs)} and y from {min(ys)} to {max(ys)} lie outside its CRS ({crs[:40]}); where "
+            "edges lie off the Earth, as of a full disk, warp it: gdalwarp -t_srs EPSG:4326"
+        )
         raise Reject("decode", "no place", detail)
+    if west > east:  # as pyproj has it too
+        east += 360
     if east - west >= 360:
         west, east = -180.0, 180.0
     turns = math.floor((west + 180) / 360)  # of a grid from 0 to 360
     west, east = west - 360 * turns, east - 360 * turns
     return west, max(south, -90.0), east - 360 if east > 180 else east, min(north, 90.0)
+
+
+def turns(crs: str, grid: Grid) -> list[tuple[float, float]]:
+    """By how much pixels lie off the places (x, y) that longitudes in [-180, 180] lead to; (0, 0) comes first.
+
+    Cylindrical CRSs go on beyond the antimeridian, so that a place on Earth has several in them: the eastern half of a
+    grid from 0° to 360° lies 360 off.
+    """
+    transform, to_wgs84 = Affine(*grid.transform), _projection(crs).to_wgs84
+    cols, rows = np.meshgrid(*(np.linspace(0.5, length - 0.5, 5) for length in (grid.width, grid.height)))
+    xs, ys = np.array([transform @ pixel for pixel in zip(cols.flat, rows.flat, strict=True)]).T
+    side = math.sqrt(abs(transform.determinant))
+    found = {(0, 0): (0.0, 0.0)}
+    with np.errstate(invalid="ignore"):  # where there is no place on Earth
+        lons, lats = to_wgs84.transform(xs, ys)
+        there = to_wgs84.transform((lons + 180) % 360 - 180, lats, direction="INVERSE")
+        for dx, dy in zip(xs - there[0], ys - there[1], strict=True):
+            if not math.isfinite(dx + dy) or max(abs(dx), abs(dy)) < side:
+                continue
+            # Where meridians meet, as in pseudocylindrical CRSs, what lies beyond the edge is no second place.
+            turned_lons, turned_lats = to_wgs84.transform(xs - dx, ys - dy)
+            is_second = (np.abs((turned_lons - lons + 180) % 360 - 180) < 1e-6) & (np.abs(turned_lats - lats) < 1e-6)
+            if is_second.all():
+                found.setdefault((round(dx / side), round(dy / side)), (float(dx), float(dy)))
+    return list(found.values())
 
 
 def pixel_areas(crs: str, grid: Grid) -> Float64[np.ndarray, "height width"]:

@@ -84,11 +84,11 @@ def _in_window(
     """Bands of one file on the scene's grid."""
     grid = bands[0].grid
     if grid is None:
-        return _samples(dataset, bands, window)
+        return _samples(dataset, bands, window, scene.version)
     there = ~Affine(*grid.transform) @ Affine(*scene.transform)
     rows = _axis(window.row_off, window.height, there.e, there.f, grid.height)
     cols = _axis(window.col_off, window.width, there.a, there.c, grid.width)
-    values, valid = _samples(dataset, bands, Window(cols.first, rows.first, cols.length, rows.length))
+    values, valid = _samples(dataset, bands, Window(cols.first, rows.first, cols.length, rows.length), scene.version)
     if valid.all() and rows.is_whole and cols.is_whole:  # all below would divide by 1
         return _weighed(values, rows.values, cols.values), np.ones((window.height, window.width), bool)
     known = valid[None].astype(np.float32)
@@ -154,7 +154,7 @@ def _weighed(
 
 
 def _samples(
-    dataset: rasterio.DatasetReader, bands: Sequence[Band], window: Window
+    dataset: rasterio.DatasetReader, bands: Sequence[Band], window: Window, version: str
 ) -> tuple[Float32[np.ndarray, "bands height width"], Bool[np.ndarray, "height width"]]:
     """Bands of one file on its own grid: values, 0 where not valid, and where they are."""
     place = rasterio.windows.Window(window.col_off, window.row_off, window.width, window.height)
@@ -176,13 +176,16 @@ def _samples(
                 value += band.offset
             if sample.dtype.kind == "f":
                 valid &= np.isfinite(value)
-    flags = dataset.mask_flag_enums[indexes[0] - 1]
-    if MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags:
-        valid &= dataset.read_masks(indexes[0], window=place) > 0
+    flags = {index: dataset.mask_flag_enums[index - 1] for index in indexes}
+    of_all = [
+        index for index in indexes if MaskFlags.per_dataset in flags[index] and MaskFlags.alpha not in flags[index]
+    ]
+    for index in [*of_all[:1], *(index for index in indexes if not flags[index])]:  # without flags: one of its own
+        valid &= dataset.read_masks(index, window=place) > 0
     if bands[0].alpha is not None:
         valid &= dataset.read(bands[0].alpha, window=place) > 0
     if bands[0].mask is not None:
-        with opened(bands[0].mask, "") as mask:
+        with opened(bands[0].mask, version) as mask:
             valid &= mask.read(1, window=place) > 0
     np.copyto(values, 0, where=~valid)
     return values, valid

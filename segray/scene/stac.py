@@ -1,27 +1,68 @@
 """The bands of a STAC item: which asset holds which, and how its samples become values."""
 
+import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pystac
 
 from segray.errors import Reject
 from segray.scene.bands import Listed, declared_nodata
-from segray.scene.gdal import gdal_path, one_line
+from segray.scene.gdal import fetched, gdal_path, one_line
 
-__all__ = ["in_item", "is_item"]
+__all__ = ["in_item", "is_item", "item_at"]
 
 _MEDIA_TYPES = {"image/tiff", "image/vnd.stac.geotiff", "image/geotiff", "image/jp2"}
 _SUFFIXES = (".tif", ".tiff", ".jp2", ".vrt")
 _PICTURE_ROLES = {"thumbnail", "overview", "visual", "metadata"}
+_ONE_OF_MANY = re.compile(r"(?P<document>.+)#(?P<id>[^/#]+)", re.DOTALL)
 
 
 def is_item(uri: str) -> bool:
-    """Whether a URI is one of a STAC item: JSON by its ending, or a web address without any, as APIs have it."""
+    """Whether a URI is one of a STAC item.
+
+    It is JSON by its ending; a web address without any, as APIs have it; or such a one of a collection of items, with
+    `#` and the id of one.
+    """
+    return _is_document(uri) or _one_of_many(uri) is not None
+
+
+def item_at(uri: str) -> Mapping[str, Any] | None:
+    """The STAC item at a URI, as JSON has it. None: the URI is none of an item.
+
+    Raises:
+        Reject: it is gone, or not JSON.
+        RunError: the store cannot be reached.
+    """
+    if not is_item(uri):
+        return None
+    document, name = _one_of_many(uri) or (uri, None)
+    try:
+        fields = json.loads(fetched(document))
+    except ValueError as error:
+        raise Reject("decode", "not a STAC item", f"it is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise Reject("decode", "not a STAC item", f"it is a {type(fields).__name__} in JSON")
+    if name is None:
+        return fields
+    for item in fields.get("features", ()):
+        if isinstance(item, dict) and str(item.get("id")) == name:
+            return item
+    raise Reject("fetch", "missing", f"{document} holds no item {name}")
+
+
+def _one_of_many(uri: str) -> tuple[str, str] | None:
+    """The document that holds an item, and the item's id."""
+    match = _ONE_OF_MANY.fullmatch(uri)
+    return (match["document"], unquote(match["id"])) if match and _is_document(match["document"]) else None
+
+
+def _is_document(uri: str) -> bool:
     is_web = uri.startswith(("http://", "https://"))
     suffix = PurePosixPath(urlsplit(uri).path if is_web else uri).suffix.lower()
     return suffix in (".json", ".geojson") or (is_web and not suffix)

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/exporting.py [SIDE]
 
-The scene has SIDE × SIDE pixels (20,000) of three classes in smooth regions some 40 pixels wide, one pixel in a hundred
-a speck of another, and a wedge without data; it lies in windows of 1024. Memory is the process's peak, its imports
-included.
+The scene has SIDE × SIDE pixels (20,000) of three classes, one pixel in a hundred a speck of another, and a wedge
+without data; it lies in windows of 1024. In its western half the classes are regions some 40 pixels wide; the eastern
+half is a background of one class, whose only polygon has a hole at almost every speck. Memory is the process's peak,
+its imports included.
 """
 
 import json
@@ -27,15 +28,16 @@ SIZE = 1024
 
 
 def draw(side: int) -> np.ndarray:
-    """A pattern, repeated with a shift that no window knows."""
+    """Patterns, repeated with a shift that no window knows."""
     rng = np.random.default_rng(0)
     fields = np.stack([gaussian_filter(rng.standard_normal((PATTERN, PATTERN), np.float32), 12) for _ in CLASSES.names])
-    pattern = fields.argmax(0).astype(np.uint8)
-    specks = rng.random(pattern.shape, np.float32) < 0.01
-    pattern[specks] = rng.integers(0, len(CLASSES), int(specks.sum()), np.uint8)
+    regions, background = fields.argmax(0).astype(np.uint8), np.zeros((PATTERN, PATTERN), np.uint8)
+    specks = rng.random(regions.shape, np.float32) < 0.01
+    regions[specks] = background[specks] = rng.integers(0, len(CLASSES), int(specks.sum()), np.uint8)
     label_map = np.empty((side, side), np.uint8)
     for row in range(0, side, PATTERN):
         for col in range(0, side, PATTERN):
+            pattern = regions if col < side / 2 else background
             height, width = min(PATTERN, side - row), min(PATTERN, side - col)
             label_map[row : row + height, col : col + width] = np.roll(pattern, (row // 7, col // 5))[:height, :width]
     for row in range(side):

@@ -6,7 +6,7 @@
    that looks four pixels around, so that all the rest is what counts. Memory is the largest resident set of any process
    of the run, looked at twice a second; what processes share (Ray's object store) is shown apart.
 2. Quarters. Four rasters (VRT) that reach a window beyond the scene's middle are labelled likewise; each label map of
-   the scene must be that of the quarter in which it lies, byte by byte.
+   the scene must be that of the quarter in which it lies.
 3. Windows per second of the steady state, against a bare loop (rasterio read, forward pass, argmax) over the same
    windows of a part of the scene, with a U-Net of ResNet-18; the bare loop runs before and after.
 """
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ import rasterio
 import rasterio.shutil
 import torch
 import tyro
+from affine import Affine
 
 from segray import model
 from segray.classes import Classes
@@ -76,13 +77,15 @@ def draw(path: Path, side: int) -> None:
     plain.unlink()
 
 
-def quarters(scene: Path, middle: int, side: int) -> Iterator[tuple[Path, int, int]]:
-    """Rasters of a quarter and a window beyond it, and where each begins: column and row."""
+def write_quarters(folder: Path, scene: Path, side: int, size: int) -> dict[str, tuple[int, int]]:
+    """Writes rasters of a quarter and a window beyond it; by name, the column and the row where each begins."""
+    middle, begin = middle_of(side, size), {}
+    folder.mkdir()
     for number, (col_off, row_off) in enumerate([(0, 0), (middle, 0), (0, middle), (middle, middle)]):
-        left, top = max(col_off - SIZE, 0), max(row_off - SIZE, 0)
-        right, bottom = (min(middle + SIZE, side) if offset == 0 else side for offset in (col_off, row_off))
+        left, top = max(col_off - size, 0), max(row_off - size, 0)
+        right, bottom = (min(middle + size, side) if offset == 0 else side for offset in (col_off, row_off))
         width, height = right - left, bottom - top
-        transform = UTM_GRID * UTM_GRID.translation(left, top)
+        transform = UTM_GRID @ Affine.translation(left, top)
         bands = "".join(
             f'<VRTRasterBand dataType="UInt16" band="{band}"><Description>{name}</Description>'
             f"<NoDataValue>9</NoDataValue><SimpleSource><SourceFilename>{scene}</SourceFilename>"
@@ -91,12 +94,50 @@ def quarters(scene: Path, middle: int, side: int) -> Iterator[tuple[Path, int, i
             for band, name in enumerate(BANDS, 1)
         )
         geotransform = ", ".join(map(str, transform.to_gdal()))
-        path = scene.with_name(f"quarter-{number}.vrt")
+        path = folder / f"{number}.vrt"
         path.write_text(
             f'<VRTDataset rasterXSize="{width}" rasterYSize="{height}"><SRS>{UTM}</SRS>'
             f"<GeoTransform>{geotransform}</GeoTransform>{bands}</VRTDataset>"
         )
-        yield path, left, top
+        begin[path.name] = left, top
+    return begin
+
+
+def middle_of(side: int, size: int) -> int:
+    """Where quarters meet, a border of windows; there are to be four of them a side."""
+    return side // 2 // size * size
+
+
+def num_alike(scene: str, quarters: str, begin: Mapping[str, tuple[int, int]], side: int, size: int) -> int:
+    """Compares the label map of each window of a scene with that of the quarter in which it lies.
+
+    Args:
+        scene: the label store of the scene.
+        quarters: that of its quarters.
+        begin: as `write_quarters` gives it.
+        side: of the scene, in pixels.
+        size: of windows.
+
+    Returns:
+        How many there are.
+    """
+    middle = middle_of(side, size)
+    of_scene = {(row["col_off"], row["row_off"]): row["label_map"] for row in label_maps(scene)}
+    num_windows = len(of_scene)
+    for row in label_maps(quarters):
+        left, top = begin[Path(row["scene"]).name]
+        place = left + row["col_off"], top + row["row_off"]
+        is_own = (place[0] < middle) == (left == 0) and (place[1] < middle) == (top == 0)
+        if is_own:
+            assert of_scene.pop(place) == row["label_map"], f"the window at {place} is not the same in {row['scene']}"
+    assert not of_scene, f"in no quarter: {sorted(of_scene)}"
+    return num_windows
+
+
+def label_maps(sink: str) -> Iterator[dict[str, Any]]:
+    """The place of each window, and its label map as it is stored."""
+    for batch in pads.dataset(f"{sink}/label_maps").to_batches(columns=["scene", "col_off", "row_off", "label_map"]):
+        yield from batch.to_pylist()
 
 
 @dataclass(slots=True)
@@ -133,20 +174,6 @@ def label(*arguments: object) -> Memory:
     return memory
 
 
-def label_maps(sink: Path, left: int = 0, top: int = 0) -> dict[tuple[int, int], bytes]:
-    """The PNG of each window, by column and row in the whole scene."""
-    found = {}
-    for batch in pads.dataset(sink / "label_maps").to_batches(columns=["col_off", "row_off", "label_map"]):
-        for row in batch.to_pylist():
-            found[left + row["col_off"], top + row["row_off"]] = row["label_map"]
-    return found
-
-
-def middle_of(side: int) -> int:
-    """Where quarters meet: a border of windows."""
-    return max(side // 2 // SIZE, 1) * SIZE
-
-
 def whole_and_quarters(folder: Path, side: int) -> tuple[Memory, dict[str, Any], int]:
     """Labels a scene and its quarters; memory and record of the first, and how many label maps were compared."""
     scene = folder / "scene.tif"
@@ -154,19 +181,10 @@ def whole_and_quarters(folder: Path, side: int) -> tuple[Memory, dict[str, Any],
     checkpoint = write_model(folder / "m.onnx", convolutions(), described())
     how = ("--model", checkpoint, "--scenes.size", SIZE, "--scenes.halo", 64, "--device", "cpu")
     memory = label(scene, folder / "labels", *how)
-    of_scene = label_maps(folder / "labels")
-    middle = middle_of(side)
-    for path, left, top in quarters(scene, middle, side):
-        sink = folder / path.stem
-        label(path, sink, *how)
-        for (col_off, row_off), png in label_maps(sink, left, top).items():
-            is_own = (col_off < middle) == (left == 0) and (row_off < middle) == (top == 0)
-            if is_own and of_scene.pop((col_off, row_off)) != png:
-                sys.exit(f"the window at {col_off}, {row_off} is not the same in {path.name}")
-    if of_scene:
-        sys.exit(f"in no quarter: {sorted(of_scene)}")
-    run = newest_run(str(folder / "labels"))
-    return memory, run, run["counts"]["labelled"]
+    begin = write_quarters(folder / "quarters", scene, side, SIZE)
+    label(folder / "quarters", folder / "of-quarters", *how)
+    alike = num_alike(str(folder / "labels"), str(folder / "of-quarters"), begin, side, SIZE)
+    return memory, newest_run(str(folder / "labels")), alike
 
 
 def bare_loop(scene: Path, checkpoint: model.Checkpoint, threads: int) -> float:
@@ -217,9 +235,9 @@ def main() -> None:
             f"{', '.join(f'{r:.2f}' for r in bare)} windows/s, the job {rate:.2f}: {ratio:.2f} of it",
             flush=True,
         )
-        memory, run, num_compared = whole_and_quarters(folder, side)
+        memory, run, alike = whole_and_quarters(folder, side)
     print(f"\n{side:,} × {side:,} × {len(BANDS)} uint16: {run['counts']['labelled']:,} windows of {SIZE}")
-    print(f"labelled in {run['seconds']['total']:.0f} s, {num_compared:,} label maps equal to those of the quarters\n")
+    print(f"labelled in {run['seconds']['total']:.0f} s, {alike:,} label maps equal to those of the quarters\n")
     print("| process | peak MiB | of these its own |")
     print("|---|---|---|")
     for kind, size in memory.resident.most_common(6):

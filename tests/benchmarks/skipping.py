@@ -27,20 +27,12 @@ ENTRIES_PER_PAGE = 10_000
 ONE_IN = 100
 
 
-class Listing:
-    """A source that names as many images as one likes."""
-
-    column = None
-
-    def __init__(self, num_images: int) -> None:
-        self._num_images = num_images
-
-    def entries(self) -> Iterator[pa.Table]:
-        """As `source.Source` gives them."""
-        for first in range(0, self._num_images, ENTRIES_PER_PAGE):
-            numbers = range(first, min(first + ENTRIES_PER_PAGE, self._num_images))
-            uris, versions = zip(*map(name, numbers), strict=True)
-            yield pa.table([uris, versions, np.full(len(uris), 100_000)], schema=ENTRIES)
+def listing(num_images: int) -> Iterator[pa.Table]:
+    """Entries of as many images as one likes, as `source.Source` gives them."""
+    for first in range(0, num_images, ENTRIES_PER_PAGE):
+        numbers = range(first, min(first + ENTRIES_PER_PAGE, num_images))
+        uris, versions = zip(*map(name, numbers), strict=True)
+        yield pa.table([uris, versions, np.full(len(uris), 100_000)], schema=ENTRIES)
 
 
 def name(number: int) -> tuple[str, str]:
@@ -76,7 +68,7 @@ def main() -> None:
         before, began = peak_mib(), time.monotonic()
         done = sink.done()
         read = time.monotonic()
-        pages = _image_pages(Listing(num_images), sink, done)
+        pages = _image_pages(listing(num_images), None, sink, done)
         todo = [(page.loose.num_rows, page.num_present, page.loose.nbytes) for page in pages]
         ended = time.monotonic()
     num_new, num_present, num_bytes = (sum(column) for column in zip(*todo, strict=True))
