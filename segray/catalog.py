@@ -5,8 +5,8 @@ a band: a template with `{band}` in it. Its URI is the raster's, the item's own 
 item that has none, or the template with all but `{band}` filled in.
 """
 
-import hashlib
 import contextlib
+import hashlib
 import json
 import re
 from collections import Counter

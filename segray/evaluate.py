@@ -39,7 +39,6 @@ _NUM_NAMED = 5
 _MAX_CLASSES_SHOWN = 12
 _PNG = (".png",)
 _GEOTIFF = (".tif", ".tiff")
-_DRIFT_PIXELS = 0.01
 _PLACE = ("scene", "col_off", "row_off", "width", "height", "crs", *(f"transform_{letter}" for letter in "abcdef"))
 
 
@@ -348,34 +347,28 @@ def _read_window(
     Raises:
         RunError: it cannot be read, holds no ids, or has another grid than the scene.
     """
-    from segray.scene import read
+    from segray.scene import read_ids
 
     window = Window(*(row[name] for name in ("col_off", "row_off", "width", "height")))
     if wrong := _other_grid(target, row, window, window_size):
         raise RunError(f"{target.uri}: the target is on another grid than the scene {row['scene']}: {wrong}")
     try:
-        values, valid = read(target, window)
+        return read_ids(target, window, ignore_index)
     except Reject as error:
         raise RunError(f"{target.uri}: the target cannot be read: {error.reason}") from error
-    ids = np.where(valid, values[0], ignore_index)
-    if (strange := ids[(ids != ids.round()) | (ids < 0) | (ids > 0xFFFF)]).size:
-        way_out = "declare what is void as nodata"
-        raise RunError(f"{target.uri}: the target holds {strange[0]:g}, which is no class id; {way_out}")
-    return ids.astype(np.uint16)
 
 
 def _other_grid(target: "Scene", row: Mapping[str, Any], window: Window, window_size: int) -> str | None:
     """How a target's grid differs from that of a window's scene; None: it does not."""
-    from affine import Affine
-    from rasterio.crs import CRS
+    from segray.scene import Grid
+    from segray.scene.place import is_one_crs, is_one_grid
 
-    if target.crs != row["crs"] and CRS.from_user_input(target.crs) != CRS.from_user_input(row["crs"]):
+    if not is_one_crs(target.crs, row["crs"]):
         return f"{target.crs} and {row['crs']}"
-    own = Affine(*target.window_transform(window))
-    other = Affine(*(row[f"transform_{letter}"] for letter in "abcdef"))
-    corners = [(0, 0), (window.width, 0), (0, window.height), (window.width, window.height)]
-    if any(math.dist(~own @ (other @ corner), corner) > _DRIFT_PIXELS for corner in corners):
-        return f"its transform at column {window.col_off} and row {window.row_off} is {own[:6]} and {other[:6]}"
+    own = target.window_transform(window)
+    other = tuple(row[f"transform_{letter}"] for letter in "abcdef")
+    if not is_one_grid(own, Grid(window.height, window.width, other)):
+        return f"its transform at column {window.col_off} and row {window.row_off} is {own} and {other}"
     for what, off, length, total in (
         ("columns", window.col_off, window.width, target.width),
         ("rows", window.row_off, window.height, target.height),

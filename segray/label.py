@@ -43,8 +43,9 @@ __all__ = ["Label", "Placement", "label", "place"]
 
 _LABELLING = 1  # to be raised with any change of code that changes label maps: it begins new recipes
 _IMAGES_PER_BLOCK = 32, 512  # at first, and at most
-_WINDOWS_PER_BLOCK = 4, 64
+_WINDOWS_PER_BLOCK = 16, 64  # likewise; neighbours, which one task reads, decode what they share once
 _NUM_SMALL_BLOCKS = 1000
+_NUM_SAMPLE_BLOCKS = 4  # at least, that time passes between images
 _PIXEL_BYTES = 64 * 2**20
 _TASK_CPUS = 0.25  # beside a model that computes on all cores, the other stages mostly wait
 _THREADS = 4
@@ -1105,7 +1106,8 @@ def _time_sample(
     began = time.time()
     with session() as ray:
         blocks = []
-        for table, size in ((loose, _per_block(job)[0]), (shards, 1)):
+        few = min(_per_block(job)[0], -(-job.sample // _NUM_SAMPLE_BLOCKS))
+        for table, size in ((loose, few), (shards, 1)):
             # From all over the index, as its beginning may be like itself alone.
             rows = np.unique(np.linspace(0, table.num_rows, job.sample, endpoint=False, dtype=int))
             some = pa.concat_tables([table.slice(0, 0), *(table.slice(row, 1) for row in rows)])

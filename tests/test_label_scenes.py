@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -26,14 +27,14 @@ from segray.classes import Classes
 from segray.cut import Area
 from segray.errors import SettingsError, SourceError
 from segray.export import Export, export
-from segray.label import Label, _area, _index, _Page, _recipe, label
+from segray.label import _WINDOWS_PER_BLOCK, Label, _area, _index, _Page, _recipe, label
 from segray.labelmap import decode_png
 from segray.model import Preprocessing, load, untrained
 from segray.predict import Prediction, Predictor, Raster
 from segray.report import Report, report
 from segray.scene import describe, read
 from segray.source import Source
-from segray.tile import Scenes, Tiling, Window
+from segray.tile import Scenes, Tiling, Window, cores
 from segray.verify import Verify, verify
 from tests.benchmarks import scenes
 from tests.graphs import convolutions, described
@@ -286,6 +287,24 @@ def test_a_scene_of_many_windows_is_in_few_blocks_from_the_first_on(
     monkeypatch.setattr("segray.label._NUM_SMALL_BLOCKS", 10)
     index = _index(iter([page, page]), Source("."), (4, 10))
     assert [ray.get(block).num_rows for block in index.blocks] == [7] * 10 + [10] * 7
+
+
+def test_tasks_decode_a_scene_in_tiles_fewer_than_three_times() -> None:
+    side, tile, cut = 10_980, 1024, Scenes(size=1024)  # of Sentinel-2
+    windows = cores(side, side, 1024)
+    per_task, _ = _WINDOWS_PER_BLOCK
+    num_decoded = 0
+    for first in range(0, len(windows), per_task):
+        around = [cut.around(core, side, side) for core in windows[first : first + per_task]]
+        num_decoded += len(
+            {
+                (row // tile, col // tile)
+                for one in around
+                for row in (one.rows.start, one.row_off + one.height // 2, one.rows.stop - 1)
+                for col in (one.cols.start, one.col_off + one.width // 2, one.cols.stop - 1)
+            }
+        )
+    assert num_decoded < 3 * math.ceil(side / tile) ** 2
 
 
 @pytest.fixture

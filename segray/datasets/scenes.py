@@ -27,8 +27,9 @@ from segray.datasets.dataset import Pair, own_ids, to_class_ids
 from segray.datasets.tree import Tree, match
 from segray.errors import Reject
 from segray.retry import retrying
-from segray.scene import Scene, describe, read
+from segray.scene import Grid, Scene, describe, read, read_ids
 from segray.scene.gdal import gdal_path
+from segray.scene.place import is_one_crs, is_one_grid
 from segray.scene.stac import files_of, is_item, item_at
 from segray.source import filesystem, look_up
 from segray.tile import Window
@@ -46,7 +47,6 @@ _POLYGONS = (".geojson", ".parquet")
 _PROPERTIES = ("class", "class_name", "class_id")
 _BACKGROUND = "background"
 _LONGITUDE_LATITUDE = "OGC:CRS84"
-_DRIFT_PIXELS = 0.01  # by which two grids may lie apart
 _OPEN_FILES = 16
 _REQUESTS_IN_FLIGHT = 32
 # A degree is no shorter than this, along a meridian and along the equator.
@@ -120,7 +120,9 @@ def look_at(pair: Pair, bands: Mapping[str, str] | None, classes: Classes) -> Sc
     if len(target.bands) != 1:
         detail = f"{pair.target}: it has {len(target.bands)} bands, where class ids are one"
         raise Reject("decode", "unreadable target", detail)
-    if not _on_one_grid(scene, target):
+    grid = Grid(scene.height, scene.width, scene.transform)
+    is_alike = is_one_crs(scene.crs, target.crs) and is_one_grid(target.transform, grid)
+    if not is_alike or (scene.height, scene.width) != (target.height, target.width):
         raise Reject(
             "decode",
             "size mismatch",
@@ -147,7 +149,8 @@ def read_window(
     if isinstance(pair.target, str):
         target = _drawn(pair, pair.target, window, classes)
     else:
-        target = _stored(pair.target, window, classes)
+        ids = _named(pair.target.uri, functools.partial(read_ids, pair.target, window, classes.ignore_index))
+        target = to_class_ids(ids, own_ids(classes), pair.target.uri)
     if (target == classes.ignore_index).all():
         return None
     values, valid = _named(pair.scene.uri, lambda: read(pair.scene, window))
@@ -229,29 +232,6 @@ def _version(uri: str) -> str:
     if isinstance(version, Reject):
         raise version
     return version
-
-
-def _on_one_grid(scene: Scene, target: Scene) -> bool:
-    if (scene.height, scene.width) != (target.height, target.width):
-        return False
-    if scene.crs != target.crs and CRS(scene.crs) != CRS(target.crs):
-        return False
-    there = ~Affine(*scene.transform) @ Affine(*target.transform)
-    corners = ((0, 0), (scene.width, 0), (0, scene.height), (scene.width, scene.height))
-    return all(math.dist(there @ corner, corner) <= _DRIFT_PIXELS for corner in corners)
-
-
-def _stored(scene: Scene, window: Window, classes: Classes) -> UInt[np.ndarray, "height width"]:
-    """The target in a raster of class ids; what has no data there is void."""
-    (stored,), valid = _named(scene.uri, lambda: read(scene, window))
-    stored = np.where(valid, stored, np.float32(classes.ignore_index))
-    strange = (stored < 0) | (stored != np.floor(stored))
-    if strange.any():
-        detail = (
-            f"{scene.uri}: it holds {stored[strange][0]:g}, which is no class id; declare it as nodata if it is that"
-        )
-        raise Reject("decode", "unknown id", detail)
-    return to_class_ids(stored.astype(np.uint32), own_ids(classes), scene.uri)
 
 
 def _drawn(pair: ScenePair, uri: str, window: Window, classes: Classes) -> UInt[np.ndarray, "height width"]:

@@ -11,6 +11,6 @@ is, `stac.py` finds the bands of an item, `describe.py` looks at files, and `rea
 from segray.scene.bands import Band, Scene
 from segray.scene.describe import describe
 from segray.scene.place import Grid, Transform
-from segray.scene.read import read
+from segray.scene.read import read, read_ids
 
-__all__ = ["Band", "Grid", "Scene", "Transform", "describe", "read"]
+__all__ = ["Band", "Grid", "Scene", "Transform", "describe", "read", "read_ids"]

@@ -16,8 +16,6 @@ from segray.tile import Window
 
 __all__ = ["Band", "Listed", "Scene", "chosen", "declared_nodata", "placed"]
 
-_DRIFT_PIXELS = 0.01  # by which two grids may turn against each other over a whole scene
-
 
 @dataclass(frozen=True, slots=True)
 class Band:
@@ -95,7 +93,7 @@ class Scene:
     def _check_grid(self, band: Band, grid: Grid) -> None:
         there = ~Affine(*grid.transform) @ Affine(*self.transform)
         reference = self.bands[0].name
-        if abs(there.b) * self.height > _DRIFT_PIXELS or abs(there.d) * self.width > _DRIFT_PIXELS:
+        if max(abs(there.b) * self.height, abs(there.d) * self.width) > place.DRIFT_PIXELS:
             detail = f"{band.name} is turned against {reference}; warp one onto the other with gdalwarp"
             raise Reject("decode", "grids do not fit", detail)
         cols = sorted((there.c, there.c + there.a * self.width))

@@ -14,10 +14,13 @@ from pyproj.exceptions import CRSError, ProjError
 from segray.errors import Reject
 from segray.scene.gdal import one_line
 
-__all__ = ["Grid", "Transform", "bounds", "pixel_areas", "six", "turns"]
+__all__ = ["DRIFT_PIXELS", "Grid", "Transform", "bounds", "is_one_crs", "is_one_grid", "pixel_areas", "six", "turns"]
 
 Transform = tuple[float, float, float, float, float, float]
 """Affine a, b, c, d, e, f: pixel (col, row) lies at x = a·col + b·row + c, y = d·col + e·row + f."""
+
+DRIFT_PIXELS = 0.01
+"""By which two grids may lie apart and be one."""
 
 _NODE_PIXELS = 32
 
@@ -37,6 +40,18 @@ class Grid:
 def six(transform: Affine) -> Transform:
     """The six numbers of an affine transform."""
     return (transform.a, transform.b, transform.c, transform.d, transform.e, transform.f)
+
+
+def is_one_crs(one: str, other: str) -> bool:
+    """Whether they are the same, whatever they are called."""
+    return one == other or CRS.from_user_input(one) == CRS.from_user_input(other)
+
+
+def is_one_grid(transform: Transform, grid: Grid) -> bool:
+    """Whether pixels lie where those of a grid do, which has the same CRS."""
+    there = ~Affine(*transform) @ Affine(*grid.transform)
+    corners = [(col, row) for col in (0, grid.width) for row in (0, grid.height)]
+    return all(math.dist(there @ corner, corner) <= DRIFT_PIXELS for corner in corners)
 
 
 def bounds(crs: str, grid: Grid) -> tuple[float, float, float, float]:

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import rasterio
 from affine import Affine
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float32, Int64, UInt16
 from rasterio.enums import MaskFlags
 
+from segray.errors import Reject
 from segray.scene.bands import Band, Scene
 from segray.scene.gdal import opened, with_dataset
 from segray.tile import Window
 
-__all__ = ["read"]
+__all__ = ["read", "read_ids"]
 
 _STEPS = 2**12  # of a pixel; such weights, and products of two of them, add up without rounding
 
@@ -55,6 +56,26 @@ def read(
         valid &= usable
     np.copyto(values, 0, where=~valid)
     return values, valid
+
+
+def read_ids(scene: Scene, window: Window, void: int) -> UInt16[np.ndarray, "height width"]:
+    """The class ids of a window, where the scene is a raster of one band that holds such.
+
+    Args:
+        scene: from `describe`.
+        window: lies inside the scene.
+        void: the id of pixels without data.
+
+    Raises:
+        Reject: as `read`; or what it holds are no ids.
+        RunError: the store cannot be reached.
+    """
+    (values,), valid = read(scene, window)
+    ids = np.where(valid, values, np.float32(void))
+    if (strange := ids[(ids != ids.round()) | (ids < 0) | (ids > 0xFFFF)]).size:
+        detail = f"it holds {strange[0]:g}, which is no class id; declare it as nodata if it stands for void"
+        raise Reject("decode", "unknown id", detail)
+    return ids.astype(np.uint16)
 
 
 def _in_window(
