@@ -35,7 +35,7 @@ demo-scene: install
 	@echo "Polygons (GeoParquet): $$(ls $(DEMO_SCENE)/maps/*/*/*.parquet)"
 
 # The longest first, so that both processes end at about the same time.
-LONGEST := $(patsubst %,tests/test_%.py,label train cluster chaos jobs)
+LONGEST := $(patsubst %,tests/test_%.py,label train label_scenes cluster chaos jobs)
 
 test: lint
 	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(LONGEST) tests

@@ -36,6 +36,7 @@ OPTIONS = {
             "scenes.scale",
             "scenes.offset",
             "scenes.nodata",
+            "scenes.confidence",
         ),
         *("crf", "device", "dtype", "batch_size", "actors", "threads"),
     ],

@@ -16,11 +16,14 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 import pytest
 import rasterio
 import ray
 import shapely
+import ukis_csmask
 from pyproj import Geod, Transformer
+from rio_cogeo.cogeo import cog_validate
 
 from segray import catalog
 from segray.classes import Classes
@@ -37,14 +40,16 @@ from segray.source import Source
 from segray.tile import Scenes, Tiling, Window, cores
 from segray.verify import Verify, verify
 from tests.benchmarks import scenes
+from tests.conftest import _DATA
 from tests.graphs import convolutions, described
 from tests.graphs import write as write_model
 from tests.label_store import newest_run
 from tests.rasters import BANDS, DEGREES, DEGREES_GRID, NODATA, samples, write, write_area
 from tests.s3 import BUCKET, Server
-from tests.stac import NUM_A_PAGE, NUM_FOUND, Api, serving
+from tests.stac import NUM_A_PAGE, NUM_FOUND, Api, items, serving
 from tests.test_cut import area_of
 from tests.test_report import page_data
+from tests.test_scene import asset, draw, item_of, numbers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -544,3 +549,103 @@ def test_a_source_without_scenes_is_refused(small_model: str, tmp_path: Path) ->
     (tmp_path / "scenes" / "notes.md").write_text("no scene")
     with pytest.raises(SourceError, match="holds no scenes, only 1 files of other kinds"):
         label(job_of(str(tmp_path / "scenes" / "scene.tif"), small_model))
+
+
+@pytest.fixture(scope="session")
+def landsat() -> Path:
+    """A part of a Landsat 8 scene: a file a band, and its MTL file."""
+    if not (_DATA / "landsat8-cloudy").is_dir():
+        pytest.skip(f"no Landsat scene at {_DATA}; SEGRAY_TEST_DATA names the folder that holds it")
+    return _DATA / "landsat8-cloudy"
+
+
+def reflectance(mtl: Path) -> tuple[float, float]:
+    """Of all bands but the thermal ones: by what samples are multiplied, and what is added then."""
+    fields = dict(re.findall(r"(\w+) = (\S+)", mtl.read_text()))
+    sine = math.sin(math.radians(float(fields["SUN_ELEVATION"])))
+    return tuple(float(fields[f"REFLECTANCE_{name}_BAND_4"]) / sine for name in ("MULT", "ADD"))  # type: ignore[return-value]
+
+
+def test_clouds_of_a_landsat_scene_on_s3_are_labelled_by_the_published_model(
+    landsat: Path, tmp_path: Path, s3: Server, ray_cluster: None
+) -> None:
+    root = "s3://segray/landsat"
+    fs, _ = fsspec.core.url_to_fs(root, use_listings_cache=False)
+    for band in ("B2", "B3", "B4", "B5", "BQA"):
+        fs.put(str(landsat / f"l8_{band}.tif"), f"{root}/l8_{band}.tif")
+    scale, offset = reflectance(landsat / "l8_MTL.txt")
+    (tmp_path / "classes.txt").write_text("clear\ncloud\nshadow\n")
+    job = Label(
+        source=f"{root}/*_{{band}}.tif",
+        sink=f"{root}-labels",
+        model=str(Path(ukis_csmask.__file__).with_name("model_4b_l1c.onnx")),
+        classes=str(tmp_path / "classes.txt"),
+        tiling=Tiling(overlap=205),  # 51 of the 256 pixels that the model takes
+        scenes=Scenes(size=1024, bands=("blue=B2", "green=B3", "red=B4", "nir=B5"), scale=scale, offset=offset),
+    )
+    label(job)
+    counts = newest_run(job.sink)["counts"]
+    assert counts == {"seen": 1, "labelled": 1, "rejected": 0, "present": 0, "other_files": 0}
+    [row] = rows(job.sink, "label_maps")
+    assert (row["scene"], row["crs"], row["height"], row["width"]) == (
+        f"{root}/l8_{{band}}.tif",
+        "EPSG:32616",
+        603,
+        627,
+    )
+    statistics = pa.Table.from_pylist(rows(job.sink, "statistics")).sort_by("class_id")
+    # Clear, cloud and shadow, as the model says of the whole scene without this job.
+    assert statistics["num_pixels"].to_pylist() == pytest.approx([71975, 247329, 58777], rel=0.01)
+    assert sum(statistics["area_m2"].to_pylist()) == pytest.approx(603 * 627 * 900, rel=0.01)
+    label(job)
+    assert newest_run(job.sink)["counts"] == counts | {"labelled": 0, "present": 1}
+
+    export(Export(sink=job.sink, dest=f"{root}-maps", processes=1))
+    fs.get(f"{root}-maps/", f"{tmp_path}/maps/", recursive=True)
+    [raster], [polygons] = ([*(tmp_path / "maps").rglob(f"l8_*{suffix}")] for suffix in (".tif", ".parquet"))
+    assert cog_validate(str(raster), strict=True, quiet=True)[0]
+    with rasterio.open(raster) as exported, rasterio.open(landsat / "l8_BQA.tif") as quality:
+        assert (exported.transform, exported.crs) == (quality.transform, quality.crs)
+        label_map = exported.read(1)
+        is_cloud = quality.read(1) >> 14 == 3  # with high confidence
+    np.testing.assert_array_equal(label_map, decode_png(row["label_map"]))
+    assert (label_map[is_cloud] == 1).mean() > 0.99, "what the quality band is sure of"
+    hectares = pq.read_table(polygons).group_by("class_name").aggregate([("area_m2", "sum")]).sort_by("class_name")
+    by_name = statistics.sort_by("class_name")
+    assert hectares["class_name"].to_pylist() == by_name["class_name"].to_pylist() == ["clear", "cloud", "shadow"]
+    assert hectares["area_m2_sum"].to_pylist() == pytest.approx(by_name["area_m2"].to_pylist(), rel=1e-9)
+
+
+def test_a_search_labels_what_is_new_in_the_area_alone(tmp_path: Path, ray_cluster: None) -> None:
+    draw(tmp_path / "a.tif", np.stack([numbers(64, 96, seed=band) for band in range(4)]) % 4)
+    one = item_of({"data": asset(str(tmp_path / "a.tif"), *(f"{name}={name}" for name in BANDS))})
+    (tmp_path / "results.json").write_text(json.dumps(items(one)))
+    left = describe(str(tmp_path / "a.tif"), "1").bounds(Window(0, 0, 20, 64))
+    ring = [[left[0], left[1]], [left[2], left[1]], [left[2], left[3]], [left[0], left[3]], [left[0], left[1]]]
+    (tmp_path / "area.json").write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    job = Label(
+        source=str(tmp_path / "results.json"),
+        sink=str(tmp_path / "labels"),
+        model=write_model(tmp_path / "m.onnx", convolutions(), described()),
+        scenes=Scenes(size=32, halo=32, area=str(tmp_path / "area.json")),
+    )
+    label(dataclasses.replace(job, dry_run=True))
+    label(job)
+    found = rows(job.sink, "label_maps")
+    scene = f"file://{tmp_path}/results.json#one"
+    assert sorted(row["uri"] for row in found) == [f"{scene}#0,{top},32,32" for top in (0, 32)]
+    label(job)
+    counts = newest_run(job.sink)["counts"]
+    assert counts == {"seen": 2, "labelled": 0, "rejected": 0, "present": 2, "other_files": 0}
+    with serving(Api) as api:
+        label(dataclasses.replace(job, source=f"{api}/search?collections=empty"))
+    assert newest_run(job.sink)["counts"]["seen"] == 0
+
+
+def test_bands_that_the_model_does_not_see_are_refused(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.onnx", convolutions(), described())
+    draw(tmp_path / "x_B4.tif", numbers(64, 96))
+    scenes = Scenes(size=32, bands=("red=B4", "green=B3", "blue=B2"))
+    job = Label(source=f"{tmp_path}/*_{{band}}.tif", sink=f"{tmp_path}-labels", model=path, scenes=scenes)
+    with pytest.raises(SettingsError, match="sees the bands red, green, blue, nir, and the scene has red, green, blue"):
+        label(job)
