@@ -262,7 +262,7 @@ def scene_version(uri: str, bands: Mapping[str, str]) -> str | Reject:
         found = look_up({"uri": uri, "version": None})
         if is_item(uri) and isinstance(found, str) and found.endswith("-"):
             # The store tells its length alone, as services do: that rarely changes where an item is updated.
-            with contextlib.suppress(Reject, ValueError, AttributeError):  # of which `describe` says more
+            with contextlib.suppress(Reject, ValueError, AttributeError, TypeError):  # of which `describe` says more
                 found = str(_of_item(json.loads(fetched(uri)), uri)["version"])
         return found
     versions = {}

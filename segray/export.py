@@ -520,11 +520,14 @@ def _item(task: _Task, classes: Classes, totals: np.ndarray) -> dict[str, Any]:
     labelled = [
         datetime.strptime(run_id.partition("-")[0], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC) for run_id in scene.runs
     ]
-    times: dict[str, Any] = _acquired(scene) or {
-        "datetime": None,
-        "start_datetime": labelled[0],
-        "end_datetime": labelled[1],
-    }
+    digest: str | None = task.digest
+    times: dict[str, Any] | None = None
+    try:
+        times = _acquired(scene)
+    except RunError as error:
+        note(f"{scene.uri}: when it was taken is not known now ({error}); its item has the time of labelling")
+        digest = None  # so that the next export asks again
+    times = times or {"datetime": None, "start_datetime": labelled[0], "end_datetime": labelled[1]}
     properties = {
         "created": pystac.utils.datetime_to_str(labelled[1]),
         "segray:scene": scene.uri,
@@ -549,7 +552,7 @@ def _item(task: _Task, classes: Classes, totals: np.ndarray) -> dict[str, Any]:
             )
         ],
         "segray:simplify_metres": task.simplify,
-        "segray:digest": task.digest,
+        "segray:digest": digest,
     }
     item = pystac.Item(task.name, geometry, bbox, properties=properties, **times)
     code = scene.crs if re.fullmatch(r"\w+:\w+", scene.crs) else None
@@ -611,7 +614,8 @@ def _footprint(scene: _Scene) -> tuple[dict[str, Any] | None, list[float] | None
     if not np.isfinite(longitudes).all():
         return None, None
     around = np.unwrap(np.append(longitudes, longitudes[0]), period=360)
-    outline = shapely.Polygon(np.stack([around[:-1], latitudes], axis=1).round(_DEGREE_DECIMALS))
+    # Where a CRS is torn, an outline may cross itself.
+    outline = shapely.make_valid(shapely.Polygon(np.stack([around[:-1], latitudes], axis=1).round(_DEGREE_DECIMALS)))
     if abs(around[-1] - around[0]) > 180:
         furthest = latitudes[np.abs(latitudes).argmin()]
         south, north = sorted((furthest, math.copysign(90, furthest)))
@@ -626,7 +630,8 @@ def _footprint(scene: _Scene) -> tuple[dict[str, Any] | None, list[float] | None
     if sum(piece.bounds[2] - piece.bounds[0] for piece in pieces) >= 360 - _ROUNDED_DEGREES:
         west, east = -180.0, 180.0
     south, north = min(piece.bounds[1] for piece in pieces), max(piece.bounds[3] for piece in pieces)
-    whole = pieces[0] if len(pieces) == 1 else shapely.MultiPolygon(pieces)
+    parts = [part for part in shapely.get_parts(pieces).tolist() if isinstance(part, shapely.Polygon)]
+    whole = parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts)
     geometry: dict[str, Any] = json.loads(shapely.to_geojson(shapely.orient_polygons(whole)))
     return geometry, [west, south, east, north]
 

@@ -289,9 +289,12 @@ def label(job: Label) -> None:
 
 
 def _area(job: Label) -> Any:
-    from segray.cut import Area
+    if job.scenes.area is None:
+        return None
+    with extra("geo", "--scenes.area"):
+        from segray.cut import Area
 
-    return None if job.scenes.area is None else Area.load(job.scenes.area)
+    return Area.load(job.scenes.area)
 
 
 def _source(job: Label, area: Any) -> tuple[Any, Iterator[pa.Table]]:

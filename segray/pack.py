@@ -415,8 +415,8 @@ def _receipts(ray: Any, packer: _Packer, plan: _Plan) -> Generator[tuple[str, di
             yield first()
 
     how: dict[str, Any] = {"total": len(plan.shards), "console": Console(stderr=True), "transient": True}
-    # What is left when this breaks off ends with the session: where a task is cancelled while it ends or is sent to its
-    # worker, Ray takes that for a fault of its own, and the whole process exits with 1.
+    # What is left when this breaks off ends with the session, or writes the same bytes in one that goes on: where a
+    # task is cancelled while it ends or is sent to its worker, Ray takes that for its own fault and exits with 1.
     yield from track(all_of_them(), "Packing shards", **how, disable=not sys.stderr.isatty())
 
 

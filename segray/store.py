@@ -18,6 +18,9 @@ from segray.tile import scene_and_window
 __all__ = ["LabelStore", "image_name"]
 
 _ITEM = re.compile(r"(?i:.+\.(?:geo)?json|https?://.+/[^/.#]+)#(?P<id>[^/#]+)", re.DOTALL)
+_API_ITEM = re.compile(
+    r"https?://.+/items/(?P<id>[^/#?]+)(?<!\.tif|\.vrt|\.jp2)(?<!\.json|\.tiff)(?<!\.geojson)(\?.*)?"
+)
 
 
 def image_name(uri: str) -> str:
@@ -25,10 +28,13 @@ def image_name(uri: str) -> str:
 
     `file:///a/1.jpg`, `s3://b/x.tar#dir/1.jpg` and `s3://b/x.parquet#12/1.jpg` are all called `1`;
     `s3://b/x.parquet#12`, a row without a name, is called `12`. A window is called what its scene is, and an item of a
-    collection, such as `file:///a/found.json#S2A_1`, by its id.
+    collection, such as `file:///a/found.json#S2A_1`, by its id as it stands there, and so
+    are those of an API.
     """
     uri, _ = scene_and_window(uri) or (uri, None)
     if item := _ITEM.fullmatch(uri):
+        return item["id"]
+    if item := _API_ITEM.fullmatch(uri):
         return item["id"]
     member = re.split(r"\.(?:tar|tar\.gz|tgz|parquet)#", uri, maxsplit=1)[-1]
     return PurePosixPath(member).stem

@@ -36,6 +36,25 @@ print(json.dumps(told))
 """
 
 
+PLAIN = """
+import sys
+sys.modules |= dict.fromkeys(["affine", "onnxruntime", "pyproj", "pystac", "pystac_client", "rasterio", "shapely"])
+from segray.errors import SourceError
+from segray.label import Label, label
+
+try:
+    label(Label(source=sys.argv[1], sink=sys.argv[1] + "-labels", model="unet_resnet18"))
+except SourceError as error:
+    print(error)
+"""
+
+
+def test_images_need_no_extra(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", PLAIN, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "holds no images and no shards" in done.stdout
+
+
 def test_every_job_of_scenes_says_which_extra_it_needs(tmp_path: Path) -> None:
     scene = write(tmp_path / "a.tif", samples(16, 16))
     label_map = np.zeros((16, 16), np.uint8)

@@ -29,6 +29,8 @@ CLASSES = Classes(("soil", "crop"))
         ("s3://b/found.GEOJSON#S2A_1", "S2A_1"),
         ("https://api/v1.0/search#S2A_1", "S2A_1"),
         ("https://api/v1.0/collections/s2/items/S2A_1", "S2A_1"),
+        ("https://api/v1.0/collections/modis/items/MYD09A1.A2023001.h08", "MYD09A1.A2023001.h08"),
+        ("https://host/items/a.tif", "a"),
         ("file:///a/item.json", "item"),
     ],
 )

@@ -28,8 +28,8 @@ _ONE_OF_MANY = re.compile(r"(?P<document>.+)#(?P<id>[^/#]+)", re.DOTALL)
 def is_item(uri: str) -> bool:
     """Whether a URI is one of a STAC item.
 
-    It is JSON by its ending; a web address without any, as APIs have it; or such a one of a collection of items, with
-    `#` and the id of one.
+    It is JSON by its ending; a web address without any, or below `/items/`, as APIs have it; or such a one of a
+    collection of items, with `#` and the id of one.
     """
     return _is_document(uri) or _one_of_many(uri) is not None
 
@@ -81,7 +81,10 @@ def _one_of_many(uri: str) -> tuple[str, str] | None:
 
 def _is_document(uri: str) -> bool:
     is_web = uri.startswith(("http://", "https://"))
-    suffix = PurePosixPath(urlsplit(uri).path if is_web else uri).suffix.lower()
+    path = urlsplit(uri).path if is_web else uri
+    suffix = PurePosixPath(path).suffix.lower()
+    if is_web and "/items/" in path:  # of an API, where ids may have dots
+        return suffix not in _SUFFIXES
     return suffix in (".json", ".geojson") or (is_web and not suffix)
 
 
