@@ -630,8 +630,9 @@ def _footprint(scene: _Scene) -> tuple[dict[str, Any] | None, list[float] | None
     if sum(piece.bounds[2] - piece.bounds[0] for piece in pieces) >= 360 - _ROUNDED_DEGREES:
         west, east = -180.0, 180.0
     south, north = min(piece.bounds[1] for piece in pieces), max(piece.bounds[3] for piece in pieces)
-    parts = [part for part in shapely.get_parts(pieces).tolist() if isinstance(part, shapely.Polygon)]
-    whole = parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts)
+    whole = shapely.union_all(
+        [part for part in shapely.get_parts(pieces).tolist() if isinstance(part, shapely.Polygon)]
+    )
     geometry: dict[str, Any] = json.loads(shapely.to_geojson(shapely.orient_polygons(whole)))
     return geometry, [west, south, east, north]
 

@@ -1,7 +1,6 @@
 """Windows of scenes as files: what is read is what was written, and what is damaged is a reject."""
 
 import io
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -40,10 +39,3 @@ def test_a_damaged_file_is_a_reject() -> None:
         decode_values(other.getvalue())
     with pytest.raises(Reject, match="bands"):
         bands_of(other.getvalue())
-
-
-def test_files_are_read_by_many_threads_at_a_time() -> None:
-    values = np.random.default_rng(0).random((4, 5, 3), np.float32)
-    data = encode_values(values, ("red", "nir", "swir"))
-    with ThreadPoolExecutor(16) as pool:
-        assert set(pool.map(bands_of, [data] * 4000)) == {("red", "nir", "swir")}
