@@ -324,6 +324,7 @@ def job_of(scene: str, model: str, **more: Any) -> Label:
     )
 
 
+@pytest.mark.slow
 def test_a_run_with_a_bound_goes_on_the_next_time(scene: str, small_model: str, ray_cluster: None) -> None:
     job = job_of(scene, small_model)
     label(dataclasses.replace(job, max_images=5))
@@ -463,6 +464,7 @@ def test_scenes_that_are_no_file_are_verified_shown_and_exported(
     assert written["properties"]["datetime"] == (item["properties"]["datetime"] if "#" in scene else None)
 
 
+@pytest.mark.slow
 def test_rejects_of_scenes_are_taken_up_again_on_request_and_go_once_they_are_labelled(
     scene: str, small_model: str, ray_cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
