@@ -153,7 +153,7 @@ def export(job: Export) -> None:
     """Writes what has changed, and prints what was done.
 
     Only one window, one row group of polygons, and the polygons that reach into windows to come are in memory; a
-    scene's raster lies on the local disk meanwhile, a byte a pixel, where TMPDIR says.
+    scene's raster lies on the local disk meanwhile, a byte a pixel (and one for its confidence), where TMPDIR says.
 
     Raises:
         SettingsError: the extra `geo` is not installed, or the classes' ignore_index cannot be nodata.
@@ -492,11 +492,12 @@ def _polygons(
 
 def _pixel_areas(scene: _Scene, window: Window) -> np.ndarray:
     """Square metres of each pixel of a window, as the statistics have them: (height, width)."""
-    from segray.scene.place import Grid, pixel_areas
+    from affine import Affine
 
-    a, b, c, d, e, f = scene.transform
-    corner = a * window.col_off + b * window.row_off + c, d * window.col_off + e * window.row_off + f
-    return pixel_areas(scene.crs, Grid(window.height, window.width, (a, b, corner[0], d, e, corner[1])))
+    from segray.scene.place import Grid, pixel_areas, six
+
+    transform = six(Affine(*scene.transform) @ Affine.translation(window.col_off, window.row_off))
+    return pixel_areas(scene.crs, Grid(window.height, window.width, transform))
 
 
 def _item(task: _Task, classes: Classes, totals: np.ndarray) -> dict[str, Any]:

@@ -35,7 +35,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 T = TypeVar("T")
 _Item = TypeVar("_Item", np.ndarray, "Raster")
 
-_FULL_BATCH_SIDE = {"cuda": 640, "cpu": 360}  # a CPU gains nothing from more, and its memory is shared by all
+_FULL_BATCH_SIDE = {"cuda": 640, "cpu": 360}  # a CPU gains little from more, and all share its memory
 _MAX_ASPECT = 64
 _LOGITS_BYTES = 256 * 2**20
 
