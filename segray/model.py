@@ -25,6 +25,8 @@ from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchvision.models import segmentation
+from torchvision.models.segmentation._utils import _SimpleSegmentationModel
+from torchvision.models.segmentation.lraspp import LRASPP, LRASPPHead
 from torchvision.transforms.v2 import functional as TF
 
 from segray import onnxgraph
@@ -38,6 +40,7 @@ __all__ = [
     "Preprocessing",
     "batch_minimum",
     "build",
+    "coarse",
     "fitted_tiling",
     "input_minimum",
     "input_multiple",
@@ -185,6 +188,37 @@ def logits(
     output = module(images)
     result: Tensor = output["out"] if isinstance(output, dict) else output
     return result
+
+
+class _Coarse(nn.Module):
+    """A model of torchvision without the upsampling at its end."""
+
+    def __init__(self, module: LRASPP | _SimpleSegmentationModel) -> None:
+        super().__init__()
+        self.backbone: nn.Module = module.backbone
+        self.classifier: nn.Module = module.classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.backbone(images)
+        result: Tensor = self.classifier(features if isinstance(self.classifier, LRASPPHead) else features["out"])
+        return result
+
+
+def coarse(module: nn.Module) -> tuple[nn.Module, bool]:
+    """Takes the bilinear upsampling from a module's end, where it has one.
+
+    Returns:
+        The module, whose logits are then those from which that starts, and whether it aligns corners.
+    """
+    head = getattr(module, "segmentation_head", None)
+    if isinstance(head, nn.Sequential) and isinstance(head[1], nn.Upsample):
+        assert head[1].mode == "bilinear"
+        aligns_corners = bool(head[1].align_corners)
+        head[1] = nn.Identity()
+        return module, aligns_corners
+    if isinstance(module, LRASPP | _SimpleSegmentationModel):
+        return _Coarse(module), False
+    return module, False
 
 
 def normalised(

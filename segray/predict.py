@@ -4,7 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,12 +17,14 @@ from torch import Tensor
 from segray import model
 from segray.crf import Crf, refine
 from segray.errors import Reject, SettingsError
+from segray.forward import Choice, DType, Forward, fast_tail
 from segray.labelmap import dtype_for
 from segray.model import Checkpoint
 from segray.stitch import stitch, weight
+from segray.tail import Grid
 from segray.tile import Tiling, Window, windows, windows_into
 
-__all__ = ["CPU_ENVIRONMENT", "DType", "Prediction", "Predictor", "Raster"]
+__all__ = ["CPU_ENVIRONMENT", "Prediction", "Predictor", "Raster"]
 
 CPU_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 """Under which a process on a CPU should start that holds a `Predictor`, where its C library is glibc.
@@ -31,13 +33,12 @@ A batch's activations are large blocks, which glibc would map anew each time, an
 faults take as long as the convolutions do. So it keeps up to 1 GiB of what was freed.
 """
 
-DType = Literal["float32", "bfloat16", "float16"]
 T = TypeVar("T")
 _Item = TypeVar("_Item", np.ndarray, "Raster")
 
 _FULL_BATCH_SIDE = {"cuda": 640, "cpu": 360}  # a CPU gains little from more, and all share its memory
 _MAX_ASPECT = 64
-_LOGITS_BYTES = 256 * 2**20
+_EXAMPLE_SIDE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -102,6 +103,7 @@ class Predictor:
         dtype: DType = "float32",
         num_threads: int | None = None,
         keeps_confidence: bool = False,
+        chosen: Callable[[Choice], object] = lambda choice: None,
         beat: Callable[[int], object] = lambda num_images: None,
         refined: Callable[[float], object] = lambda seconds: None,
     ) -> None:
@@ -114,10 +116,11 @@ class Predictor:
             batch_size: images, or tiles, of up to 640×640 pixels (on a CPU 360×360) that share a
                 forward pass; larger ones in proportion fewer.
             device: torch's name of a device.
-            dtype: what the forward pass computes in; logits are float32 from there on. An ONNX model's graph says
-                that itself.
+            dtype: what the forward pass computes in (see `Forward`); logits are float32 from there on. An ONNX
+                model's graph says that itself.
             num_threads: threads of the forward pass on a CPU. None: torch's default.
             keeps_confidence: whether predictions have the confidence of each pixel.
+            chosen: is told how the forward pass computes, at the first batch.
             beat: is called after each forward pass with the number of images, or tiles, in it.
             refined: is called after each image that the CRF refined, with the seconds that it took.
 
@@ -133,18 +136,16 @@ class Predictor:
         self._crf = crf
         self._batch_size = batch_size
         self._device = torch.device(device)
-        self._dtype = getattr(torch, dtype)
-        # Left alone, convolutions of float32 round their input to the 10 bits of TF32. Without it
-        # cuDNN is made for channels-first order; in the other some take thirty times as long.
-        torch.backends.cudnn.allow_tf32 = False
-        is_plain = self._device.type == "cuda" and dtype == "float32"
-        self._memory_format = torch.contiguous_format if is_plain else torch.channels_last
         module = model.build(checkpoint)
         self._multiple = model.input_multiple(module)
         self._minimum = model.input_minimum(module)
         self._stride = model.stride(module)
         self._batch_minimum = model.batch_minimum(module) if self._device.type == "cpu" else 1
-        self._module = module.to(memory_format=self._memory_format).to(self._device)
+        side = _EXAMPLE_SIDE + self._padding(_EXAMPLE_SIDE, self._multiple)
+        example = torch.rand(1, len(self._preprocessing.channels), side, side)
+        module, self._aligns_corners = model.coarse(module)
+        self._forward = Forward(module, example, device=self._device, dtype=dtype, chosen=chosen)
+        self._tail = fast_tail(self._device)
         self._keeps_confidence = keeps_confidence
         self._beat = beat
         self._tell_refined = refined
@@ -326,7 +327,12 @@ class Predictor:
         pixels = self._resized(own)
         if self._is_tiled(*pixels.shape[-2:]):
             return [self._predict_tiled(*pair, num_tiles) for pair in zip(own, pixels, strict=True)]
-        return self._label(self._logits(model.normalised(pixels, self._preprocessing), self._multiple), own)
+        fed = model.normalised(pixels, self._preprocessing)
+        if self._crf is not None or pixels.shape != own.shape:
+            return self._label(self._logits(fed, self._multiple), own)
+        logits, grid = self._coarse_logits(fed, self._multiple)
+        height, width = own.shape[-2:]
+        return [self._prediction(of_image, grid, Window(0, 0, width, height)) for of_image in logits]
 
     def _label_rasters(self, rasters: Sequence[Raster], num_tiles: int | None) -> list[Prediction]:
         values = torch.from_numpy(np.stack([raster.values for raster in rasters])).to(self._device)
@@ -334,9 +340,9 @@ class Predictor:
         fed = model.normalised(values, self._preprocessing).masked_fill_(~valid[:, None], 0)
         if self._is_tiled(*fed.shape[-2:]):
             return [self._label_raster_tiled(*pair, num_tiles) for pair in zip(rasters, fed, strict=True)]
-        logits = self._logits(fed, self._stride)
+        logits, grid = self._coarse_logits(fed, self._stride)
         return [
-            self._label_core(of_raster[:, raster.core.rows, raster.core.cols], raster, 0)
+            self._prediction(of_raster, grid, raster.core, raster.labelled)
             for of_raster, raster in zip(logits, rasters, strict=True)
         ]
 
@@ -366,18 +372,23 @@ class Predictor:
         self, values: Float[Tensor, "batch channels h w"], multiple: int
     ) -> Float[Tensor, "batch num_classes h w"]:
         """Logits in float32, one for each pixel of the model's input, which is brought to a multiple of a length."""
+        height, width = values.shape[-2:]
+        logits, grid = self._coarse_logits(values, multiple)
+        return _resized_to(logits, grid)[..., :height, :width]
+
+    def _coarse_logits(
+        self, values: Float[Tensor, "batch channels height width"], multiple: int
+    ) -> tuple[Float[Tensor, "batch num_classes h w"], Grid]:
+        """Likewise, as the model gives them, and the pixels for which they are meant: those, and what was padded."""
         num_images, (height, width) = len(values), values.shape[-2:]
         if num_images == 1 and self._num_together(height, width) > 1:
             values = values.expand(self._batch_minimum, -1, -1, -1)
         padding = (0, self._padding(width, multiple), 0, self._padding(height, multiple))
         if any(padding):
             values = F.pad(values, padding, mode="replicate")
-        values = values.contiguous(memory_format=self._memory_format)
-        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-            logits = model.logits(self._module, values).float()
+        logits = self._forward(values)
         self._beat(num_images)
-        logits = logits[:num_images]
-        return _resized_to(logits, *values.shape[-2:])[..., :height, :width]
+        return logits[:num_images], Grid(values.shape[2], values.shape[3], self._aligns_corners)
 
     def _padding(self, length: int, multiple: int) -> int:
         least = max(length, self._minimum)
@@ -399,7 +410,7 @@ class Predictor:
         bands = (band[None] for band in self._stitched(tiles(), cut[0], input_width))
         if self._crf is not None or pixels.shape != image.shape:
             return self._label(torch.cat(list(bands), dim=2), image[None])[0]
-        return _joined([self._prediction(band, band.shape[2], input_width) for band in bands])
+        return _joined([self._prediction(band[0], *_as_they_are(band[0])) for band in bands])
 
     def _label_raster_tiled(
         self, raster: Raster, fed: Float[Tensor, "channels height width"], num_together: int | None
@@ -449,9 +460,8 @@ class Predictor:
         self, logits: Float[Tensor, "num_classes rows width"], raster: Raster, first_row: int
     ) -> Prediction:
         """The logits of some rows of a raster's core to their label map."""
-        num_rows = logits.shape[1]
-        labelled = raster.labelled[first_row : first_row + num_rows]
-        return self._prediction(logits[None], num_rows, raster.core.width, torch.tensor(labelled, device=self._device))
+        labelled = raster.labelled[first_row : first_row + logits.shape[1]]
+        return self._prediction(logits, *_as_they_are(logits), labelled)
 
     def _without_data(self, raster: Raster) -> Prediction:
         num_classes, shape = len(self._classes), (raster.core.height, raster.core.width)
@@ -467,23 +477,26 @@ class Predictor:
     ) -> list[Prediction]:
         """Logits, brought to the images' own size, to label maps."""
         height, width = images.shape[-2:]
-        # One at a time stays in the CPU's caches.
-        pairs = zip(torch.split(logits, 1), images, strict=True)
-        return [self._prediction(self._refined(of_image, image), height, width) for of_image, image in pairs]
+        grid, window = Grid(height, width), Window(0, 0, width, height)
+        return [
+            self._prediction(self._refined(of_image, image), grid, window)
+            for of_image, image in zip(logits, images, strict=True)
+        ]
 
     def _refined(
-        self, logits: Float[Tensor, "1 num_classes h w"], image: UInt8[Tensor, "3 height width"]
-    ) -> Float[Tensor, "1 num_classes _ _"]:
+        self, logits: Float[Tensor, "num_classes h w"], image: UInt8[Tensor, "3 height width"]
+    ) -> Float[Tensor, "num_classes _ _"]:
         """The logits as they are, or with a CRF those of the refined probabilities, at the image's own size."""
         if self._crf is None:
             return logits
         self._synchronise()
         began = time.perf_counter()
-        probabilities = refine(_resized_to(logits, *image.shape[-2:])[0], image.to(self._device), self._crf)
+        full = _resized_to(logits[None], Grid(*image.shape[-2:]))[0]
+        probabilities = refine(full, image.to(self._device), self._crf)
         refined = probabilities.clamp_(min=torch.finfo(probabilities.dtype).tiny).log_()
         self._synchronise()
         self._tell_refined(time.perf_counter() - began)
-        return refined[None]
+        return refined
 
     def _synchronise(self) -> None:
         if self._device.type == "cuda":
@@ -491,72 +504,55 @@ class Predictor:
 
     def _prediction(
         self,
-        logits: Float[Tensor, "1 num_classes h w"],
-        height: int,
-        width: int,
-        valid: Bool[Tensor, "height width"] | None = None,
+        logits: Float[Tensor, "num_classes h w"],
+        grid: Grid,
+        window: Window,
+        labelled: Bool[np.ndarray, "height width"] | None = None,
     ) -> Prediction:
-        """One image's logits, brought to height × width, to the class of the largest, the first of equals.
+        """Labels a window of the grid for which the logits are meant.
 
         Args:
-            logits: of the image.
-            height: of its label map.
-            width: of its label map.
-            valid: which pixels are labelled. None: all.
+            logits: of one image.
+            grid: its pixels.
+            window: which of them.
+            labelled: which of the window's pixels. None: all.
         """
         num_classes = len(self._classes)
-        label_map, confidence = (of_batch.flatten() for of_batch in self._argmax(logits, height, width))
-        if valid is not None:
-            label_map.masked_fill_(~valid.flatten(), num_classes)  # a class of its own, that is not counted
-
-        num_pixels = torch.bincount(label_map, minlength=num_classes)[:num_classes]
-        confidence_sum = torch.bincount(label_map, confidence.double(), num_classes)[:num_classes]
+        label_map, confidence = self._tail(logits, grid, window)
+        valid = None if labelled is None else torch.tensor(labelled, device=self._device)
+        found, probability = (label_map, confidence) if valid is None else (label_map[valid], confidence[valid])
+        found = found.flatten()
+        num_pixels = torch.bincount(found, minlength=num_classes)
+        confidence_sum = torch.bincount(found, probability.flatten().double(), num_classes)
         kept = None
         if self._keeps_confidence:
             # Not finite is no number of 8 bits; such an image is a reject, by its sums.
             kept = confidence.nan_to_num(0).mul_(255).round_().clamp_(min=1)
         if valid is not None:
-            label_map.masked_fill_(~valid.flatten(), self._classes.ignore_index)
+            label_map.masked_fill_(~valid, self._classes.ignore_index)
             if kept is not None:
-                kept.masked_fill_(~valid.flatten(), 0)
+                kept.masked_fill_(~valid, 0)
         return Prediction(
-            label_map=label_map.view(height, width).cpu().numpy().astype(dtype_for(num_classes)),
+            label_map=label_map.cpu().numpy().astype(dtype_for(num_classes), copy=False),
             num_pixels=num_pixels.cpu().numpy(),
-            confidence_sum=confidence_sum.cpu().numpy(),
-            confidence=None if kept is None else kept.to(torch.uint8).view(height, width).cpu().numpy(),
+            confidence_sum=confidence_sum.double().cpu().numpy(),
+            confidence=None if kept is None else kept.to(torch.uint8).cpu().numpy(),
         )
 
-    def _argmax(self, logits: Float[Tensor, "batch num_classes h w"], height: int, width: int) -> tuple[Tensor, Tensor]:
-        """The class (int64) and the probability of the largest logit, both (batch, height, width).
 
-        Classes are upsampled a few at a time, so that a large photograph with many classes
-        needs some hundred megabytes and not its whole volume of logits.
-        """
-
-        def upsampled(first: int, last: int) -> Tensor:
-            return _resized_to(logits[:, first:last], height, width)
-
-        num_classes = logits.shape[1]
-        together = max(1, _LOGITS_BYTES // (4 * logits.shape[0] * height * width))
-        some = upsampled(0, together)
-        best, label_map = some.max(1)
-        total = (some - best[:, None]).exp_().sum(1)
-        for first in range(together, num_classes, together):
-            some = upsampled(first, first + together)
-            largest, index = some.max(1)
-            new_best = torch.maximum(best, largest)
-            total = total * (best - new_best).exp_() + (some - new_best[:, None]).exp_().sum(1)
-            label_map = torch.where(largest > best, index + first, label_map)
-            best = new_best
-        return label_map, 1 / total
+def _as_they_are(logits: Float[Tensor, "num_classes height width"]) -> tuple[Grid, Window]:
+    """The grid of logits of which each is meant for a pixel, and all of it."""
+    _, height, width = logits.shape
+    return Grid(height, width), Window(0, 0, width, height)
 
 
 def _resized_to(
-    logits: Float[Tensor, "batch num_classes h w"], height: int, width: int
+    logits: Float[Tensor, "batch num_classes h w"], grid: Grid
 ) -> Float[Tensor, "batch num_classes height width"]:
-    if logits.shape[-2:] == (height, width):
+    size = grid.height, grid.width
+    if logits.shape[-2:] == size:
         return logits
-    return F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
+    return F.interpolate(logits, size, mode="bilinear", align_corners=grid.align_corners)
 
 
 def _image(batch: pa.Table, row: int) -> UInt8[np.ndarray, "_ _ 3"]:

@@ -114,6 +114,7 @@ class Ledger:
         self._grants: dict[str, int] = {}
         self._begun: set[str] = set()
         self._is_bounded = False
+        self._choices: list[dict[str, Any]] = []
         self._num_beats = 0
         self._num_signs = 0
         self._fetched: dict[str, Fetched] = {}
@@ -157,6 +158,28 @@ class Ledger:
 
     def _is_late(self) -> bool:
         return self._deadline is not None and time.time() >= self._deadline
+
+    def chosen(self, choice: dict[str, Any]) -> None:
+        """How one more model computes: the fields of a `Choice`."""
+        self._choices.append(choice)
+
+    def choices(self) -> list[dict[str, Any]]:
+        """For each dtype the models that compute in it, with the lowest agreement and the lowest that was refused."""
+
+        def lowest(name: str, of_dtype: list[dict[str, Any]]) -> float | None:
+            return min((choice[name] for choice in of_dtype if choice[name] is not None), default=None)
+
+        dtypes = sorted({choice["dtype"] for choice in self._choices})
+        by_dtype = {dtype: [choice for choice in self._choices if choice["dtype"] == dtype] for dtype in dtypes}
+        return [
+            {
+                "dtype": dtype,
+                "num_models": len(of_dtype),
+                "agreement": lowest("agreement", of_dtype),
+                "refused": lowest("refused", of_dtype),
+            }
+            for dtype, of_dtype in by_dtype.items()
+        ]
 
     def beat(self) -> None:
         """A model is built, or at work."""

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.transforms._presets import SemanticSegmentation
 
-from segray import demo, model, predict
+from segray import demo, model
 from segray.classes import Classes
 from segray.crf import Crf, refine
 from segray.errors import Reject, SettingsError
+from segray.forward import Forward
 from segray.model import Preprocessing
 from segray.predict import Prediction, Predictor, Raster
 from segray.tile import Tiling, Window
@@ -59,7 +60,9 @@ def with_module(
 ) -> Predictor:
     """A predictor of three classes whose model is this one."""
     made = copy.copy(_of_three_classes(preprocessing))
-    made._module, made._minimum, made._multiple, made._stride = module, 1, 1, stride
+    made._forward = Forward(module, torch.zeros(1, 3, 8, 8), device=torch.device("cpu"), dtype="float32")
+    made._minimum, made._multiple, made._stride = 1, 1, stride
+    made._aligns_corners = False
     made._tiling, made._batch_size, made._crf = tiling or Tiling(), batch_size, crf
     made._keeps_confidence = keeps_confidence
     return made
@@ -121,33 +124,21 @@ def assert_same(ours: Sequence[Prediction], theirs: Sequence[Prediction], exactl
     for mine, yours in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(mine.label_map, yours.label_map)
         np.testing.assert_array_equal(mine.num_pixels, yours.num_pixels)
-        np.testing.assert_allclose(mine.confidence_sum, yours.confidence_sum, rtol=0 if exactly else 1e-9)
+        np.testing.assert_allclose(mine.confidence_sum, yours.confidence_sum, rtol=0 if exactly else 1e-7)
 
 
 def assert_is_argmax(label_map: np.ndarray, module: nn.Module, batch: Tensor, height: int, width: int) -> None:
-    """The label map is that of the library's own forward pass.
-
-    To the last pixel where it uses the same kernels (memory format, more than one image);
-    elsewhere all but pixels whose best two logits differ by no more than rounding.
-    """
-
-    def own(batch: Tensor) -> Tensor:
-        output = module(batch)
-        logits: Tensor = output["out"] if isinstance(output, dict) else output
-        if isinstance(output, dict):
-            return F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
-        return logits[..., :height, :width]
-
+    """The label map is that of the library's own forward pass, but for pixels whose best two logits nearly equal."""
     with torch.inference_mode():
-        module.to(memory_format=torch.channels_last)
-        same = own(batch.expand(2, -1, -1, -1).contiguous(memory_format=torch.channels_last))
-        np.testing.assert_array_equal(label_map, same.argmax(1)[0].numpy())
-        module.to(memory_format=torch.contiguous_format)
-        plain = own(batch.contiguous())
-    best = plain.topk(2, dim=1).values[0]
-    clear = (best[0] - best[1] > 1e-4 * plain.std()).numpy()
+        output = module(batch)
+        if isinstance(output, dict):
+            logits = F.interpolate(output["out"], (height, width), mode="bilinear", align_corners=False)
+        else:
+            logits = output[..., :height, :width]
+    best = logits.topk(2, dim=1).values[0]
+    clear = (best[0] - best[1] > 1e-3 * logits.std()).numpy()
     assert clear.mean() > 0.99
-    np.testing.assert_array_equal(label_map[clear], plain.argmax(1)[0].numpy()[clear])
+    np.testing.assert_array_equal(label_map[clear], logits.argmax(1)[0].numpy()[clear])
     assert len(np.unique(label_map)) > 1
 
 
@@ -282,31 +273,12 @@ def test_images_of_one_size_share_forward_passes_and_tiles_do_too() -> None:
     assert rows.shapes == [(1, 3, 1020, 1020)] * 2
 
 
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 7), st.integers(1, 4), st.integers(0, 99), st.booleans())
-@settings(deadline=None, max_examples=60)
-def test_classes_taken_a_few_at_a_time_give_the_same_argmax(
-    height: int, width: int, num_classes: int, together: int, seed: int, upsampled: bool
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    # Few values, so that many classes are equal.
-    logits = torch.randint(-2, 3, (2, num_classes, height, width), generator=generator).float()
-    size = (2 * height + 1, width + 3) if upsampled else (height, width)
-    full = F.interpolate(logits, size, mode="bilinear", align_corners=False) if upsampled else logits
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predict, "_LOGITS_BYTES", 4 * 2 * size[0] * size[1] * together)
-        label_map, confidence = with_module(PerPixel())._argmax(logits, *size)
-    np.testing.assert_array_equal(label_map.numpy(), full.numpy().argmax(1))  # numpy's is the first of equals
-    torch.testing.assert_close(confidence, full.softmax(1).amax(1), rtol=0, atol=1e-5)
-
-
-def test_of_equal_logits_the_first_class_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_equal_logits_the_first_class_wins() -> None:
     (image,) = photos((8, 8))
-    for logits_bytes in (predict._LOGITS_BYTES, 1):
-        monkeypatch.setattr(predict, "_LOGITS_BYTES", logits_bytes)
-        (prediction,) = only(with_module(Constant(1, 2, 2)).predict([image]))
-        assert prediction.num_pixels.tolist() == [0, 64, 0]
-        expected = 64 / (np.exp(-1) + 2)
-        np.testing.assert_allclose(prediction.confidence_sum, [0, expected, 0], rtol=1e-6)
+    (prediction,) = only(with_module(Constant(1, 2, 2)).predict([image]))
+    assert prediction.num_pixels.tolist() == [0, 64, 0]
+    expected = 64 / (np.exp(-1) + 2)
+    np.testing.assert_allclose(prediction.confidence_sum, [0, expected, 0], rtol=1e-6)
 
 
 def test_confidence_is_the_softmax_of_the_label() -> None:
@@ -339,11 +311,7 @@ class Fragile(PerPixel):
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 @pytest.mark.parametrize("size", [(40, 40), (40, 100)])
-@pytest.mark.parametrize("logits_bytes", [2**28, 1])
-def test_numbers_that_are_not_finite_reject_their_image_alone(
-    number: float, size: tuple[int, int], logits_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(predict, "_LOGITS_BYTES", logits_bytes)
+def test_numbers_that_are_not_finite_reject_their_image_alone(number: float, size: tuple[int, int]) -> None:
     dark = np.full((*size, 3), 20, np.uint8)
     images = [dark, dark + 200, dark + 1, dark + 210]
     results = with_module(Fragile(number), tiling=Tiling(size=64, overlap=8)).predict(images)
@@ -382,7 +350,7 @@ def test_beyond_256_classes_label_maps_are_16_bit() -> None:
     classes = Classes(tuple(map(str, range(300))), ignore_index=999)
     data = checkpoint_bytes("lraspp_mobilenet_v3_large", Preprocessing(), classes)
     made = Predictor(lambda: data)
-    made._module = Constant(*range(300))
+    made._forward = Forward(Constant(*range(300)), torch.zeros(1, 3, 8, 8), device=torch.device("cpu"), dtype="float32")
     (image,) = photos((6, 7))
     (prediction,) = only(made.predict([image]))
     assert_consistent(prediction, image, 300)
@@ -543,8 +511,7 @@ def test_a_crf_sees_no_seams_between_tiles(resize: int | None, tiling: Tiling) -
     assert_same(tiled, whole, exactly=False)
 
 
-def test_a_class_that_a_crf_rules_out_costs_no_confidence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predict, "_LOGITS_BYTES", 1)
+def test_a_class_that_a_crf_rules_out_costs_no_confidence() -> None:
     (prediction,) = only(with_module(Constant(-500, 500, -200), crf=Crf()).predict(photos((8, 8))))
     assert prediction.confidence_sum.tolist() == [0, 64, 0]
 

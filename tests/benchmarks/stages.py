@@ -23,8 +23,9 @@ from segray import model
 from segray.classes import Classes
 from segray.decode import decode
 from segray.demo import CLASSES, scene
+from segray.forward import DType
 from segray.labelmap import encode_png
-from segray.predict import DType, Predictor
+from segray.predict import Predictor
 
 T = TypeVar("T")
 
@@ -40,7 +41,7 @@ class Stages:
 
     device: Literal["cpu", "cuda"] = "cpu"
     """Of the models."""
-    dtype: DType = "float32"
+    dtype: DType = "auto"
     """Of the models."""
     batch_size: int = 16
     """Of the models."""

@@ -1,0 +1,193 @@
+"""A module's forward pass, as fast as its device allows, and held to what it gives as it stands in float32.
+
+Batch norms are folded into the convolutions before them, convolutions and matrix products are in the dtype in which
+the device is fast. The first batch goes both ways, and where the two disagree in too many pixels, the slower way is
+taken from there on.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float32, Int64
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from segray import model
+from segray.tail import Grid, Tail, blocked
+from segray.tile import Window
+
+__all__ = ["MIN_AGREEMENT", "Choice", "DType", "Forward", "fast_dtype", "fast_tail"]
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+MIN_AGREEMENT = 0.99
+"""The share of the first batch's pixels that must have the class of eager float32 where a dtype is chosen here."""
+
+_NUM_CHECKED = 2
+_FOLDED_WITHIN = 1e-3
+_LOWERED = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a forward pass computes in, and why."""
+
+    dtype: str
+    """Of convolutions and matrix products: float32, bfloat16 or float16."""
+    agreement: float | None
+    """The share of the first batch's pixels whose class is that of eager float32; None where it is that itself."""
+    refused: float | None = None
+    """That of the device's fast dtype, where it was too low to be taken."""
+
+
+class Forward:
+    """Coarse logits of batches, in float32, by the fastest way that agrees."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        example: Float32[Tensor, "1 channels height width"],
+        *,
+        device: torch.device,
+        dtype: DType,
+        chosen: Callable[[Choice], object] = lambda choice: None,
+    ) -> None:
+        """Takes over the module and moves it to the device.
+
+        Args:
+            module: in evaluation mode, on the CPU.
+            example: some input, by which batch norms are found that can be folded.
+            device: where it is to run.
+            dtype: what convolutions and matrix products are to be in; auto: bfloat16 where the device is fast in it
+                and the first batch agrees, else float32. Any other is taken as it is said, and so is that of a
+                graph of ONNX.
+            chosen: is told after the first batch.
+        """
+        # Left alone, convolutions of float32 round their input to the 10 bits of TF32.
+        torch.backends.cudnn.allow_tf32 = False
+        self._device = device
+        self._chosen = chosen
+        has_own_dtype = next(module.parameters(), None) is None
+        fast = torch.float32 if has_own_dtype else fast_dtype(device) if dtype == "auto" else getattr(torch, dtype)
+        folded = _folded(module, example)
+        self._ways = [(folded, fast)] if folded is not module or fast != torch.float32 else []
+        if dtype == "auto" and self._ways:
+            self._ways += [(folded, torch.float32), (module, torch.float32)]
+        self._is_chosen = False
+        self._dtype = torch.float32
+        self._module = self._placed(module, self._dtype)
+
+    def __call__(self, values: Float32[Tensor, "batch channels height width"]) -> Float32[Tensor, "batch _ h w"]:
+        """The module's logits of a batch."""
+        if not self._is_chosen:
+            self._choose(values)
+            self._is_chosen = True
+        return self._logits(self._module, self._dtype, values)
+
+    def _placed(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
+        return module.to(memory_format=self._memory_format(dtype)).to(self._device)
+
+    def _memory_format(self, dtype: torch.dtype) -> torch.memory_format:
+        # Without TF32 cuDNN is made for channels-first order; in the other some layers take thirty times as long.
+        is_plain = self._device.type == "cuda" and dtype == torch.float32
+        return torch.contiguous_format if is_plain else torch.channels_last
+
+    def _logits(self, module: nn.Module, dtype: torch.dtype, values: Tensor) -> Tensor:
+        values = values.contiguous(memory_format=self._memory_format(dtype))
+        with torch.autocast(self._device.type, dtype, enabled=dtype != torch.float32):
+            return model.logits(module, values).float()
+
+    def _choose(self, values: Tensor) -> None:
+        """Goes through the ways until one agrees with the module as it stands."""
+        some = values[:_NUM_CHECKED]
+        taken, agreement, refused = (self._module, self._dtype), None, None
+        expected = self._classes(*taken, some) if self._ways else torch.empty(0)
+        for module, dtype in self._ways:
+            taken = self._placed(_lowered(module, dtype), dtype), dtype
+            agreement = float(torch.eq(self._classes(*taken, some), expected).double().mean())
+            if agreement >= MIN_AGREEMENT:
+                break
+            refused = agreement if refused is None and len(self._ways) > 1 else refused
+        self._module, self._dtype = taken
+        self._ways = []
+        self._chosen(Choice(str(self._dtype).removeprefix("torch."), agreement, refused))
+
+    def _classes(self, module: nn.Module, dtype: torch.dtype, values: Tensor) -> Int64[Tensor, "batch height width"]:
+        logits = self._logits(module, dtype, values)
+        return F.interpolate(logits, values.shape[-2:], mode="bilinear").argmax(1)
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device has instructions for it, else float32."""
+    if device.type == "cuda":
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        is_fast = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if is_fast else torch.float32
+
+
+def fast_tail(device: torch.device) -> Tail:
+    """The kernel on a GPU where Triton can build it (it needs a C compiler there), else `blocked`."""
+    if device.type == "cuda":
+        try:
+            from segray.kernel import label
+
+            label(torch.zeros(1, 2, 2, device=device), Grid(4, 4), Window(0, 0, 4, 4))
+            return label
+        except Exception:  # no Triton, no compiler, a GPU that it does not know: what Triton raises has no common base
+            pass
+    return blocked
+
+
+def _lowered(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy, with the weights in this dtype that autocast would bring to it at each pass anew."""
+    lowered = copy.deepcopy(module)
+    for layer in lowered.modules() if dtype != torch.float32 else ():
+        if isinstance(layer, _LOWERED):
+            layer.to(dtype)
+    return lowered
+
+
+@torch.no_grad()
+def _folded(module: nn.Module, example: Tensor) -> nn.Module:
+    """A copy without the batch norms that follow a convolution; the module itself where it gives other logits."""
+    if not any(isinstance(layer, nn.BatchNorm2d) for layer in module.modules()):
+        return module
+    folded = copy.deepcopy(module)
+    names = {layer: name for name, layer in folded.named_modules()}
+    pairs = _pairs(folded, example)
+    for convolution, norm in pairs:
+        folded.set_submodule(names[convolution], fuse_conv_bn_eval(convolution, norm))
+        # Those of timm hold their activation.
+        folded.set_submodule(names[norm], getattr(norm, "act", nn.Identity()))
+    # A layer may be used twice, or a convolution's output elsewhere too.
+    before, then = model.logits(module, example), model.logits(folded, example)
+    return folded if bool((before - then).abs().max() <= _FOLDED_WITHIN * before.abs().max()) else module
+
+
+def _pairs(module: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    """Each batch norm whose input is what a convolution gave, with that."""
+    given: dict[int, tuple[nn.Conv2d, Tensor]] = {}
+    found: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
+
+    def remember(layer: nn.Module, _: object, output: Tensor) -> None:
+        assert isinstance(layer, nn.Conv2d)
+        given[id(output)] = layer, output  # which is kept, as ids are used again
+
+    def look_up(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, nn.BatchNorm2d)
+        if id(inputs[0]) in given:
+            found.append((given[id(inputs[0])][0], layer))
+
+    handles = [layer.register_forward_hook(remember) for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+    norms = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
+    handles += [norm.register_forward_pre_hook(look_up) for norm in norms]
+    model.logits(module, example)
+    for handle in handles:
+        handle.remove()
+    return found

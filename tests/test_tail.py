@@ -1,0 +1,124 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from segray import tail
+from segray.tail import Grid, blocked, neighbours
+from segray.tile import Window
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+
+
+def upsampled(logits: Tensor, grid: Grid, window: Window) -> Tensor:
+    """All logits of the window, by the arithmetic that the module states."""
+    top, row_weight = neighbours(logits.shape[1], grid.height, grid.align_corners, window.rows, CPU)
+    left, column_weight = neighbours(logits.shape[2], grid.width, grid.align_corners, window.cols, CPU)
+    bottom, right = (top + 1).clamp(max=logits.shape[1] - 1), (left + 1).clamp(max=logits.shape[2] - 1)
+    columns = logits[:, :, left] + column_weight.float() * (logits[:, :, right] - logits[:, :, left])
+    return columns[:, top] + row_weight.float()[:, None] * (columns[:, bottom] - columns[:, top])
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Tensor, Grid, Window]:
+    num_classes, h, w = draw(st.integers(1, 7)), draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    is_coarse = draw(st.booleans())
+    height, width = (draw(st.integers(n, 8 * n)) if is_coarse else n for n in (h, w))
+    row_off, col_off = draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
+    window = Window(col_off, row_off, draw(st.integers(1, width - col_off)), draw(st.integers(1, height - row_off)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    # Few values, so that many classes are equal.
+    logits = torch.randint(-2, 3, (num_classes, h, w), generator=generator).float()
+    channels_last = draw(st.booleans())
+    logits = logits.permute(1, 2, 0).contiguous().permute(2, 0, 1) if channels_last else logits
+    return logits, Grid(height, width, draw(st.booleans())), window
+
+
+@given(cases(), st.sampled_from([1, 2000, 2**20]))
+@settings(deadline=None, max_examples=150)
+def test_blocks_of_rows_give_what_all_logits_at_full_size_give(
+    case: tuple[Tensor, Grid, Window], block_bytes: int
+) -> None:
+    logits = upsampled(*case)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tail, "_BLOCK_BYTES", {"cpu": block_bytes})
+        label_map, confidence = blocked(*case)
+    assert label_map.dtype == torch.uint8
+    np.testing.assert_array_equal(label_map.numpy(), logits.numpy().argmax(0))  # numpy's is the first of equals
+    torch.testing.assert_close(confidence, logits.softmax(0).amax(0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(("coarse", "size"), [((45, 60), (360, 480)), ((33, 21), (130, 50)), ((1, 5), (7, 5))])
+def test_positions_are_those_of_torchs_interpolation(
+    coarse: tuple[int, int], size: tuple[int, int], align_corners: bool
+) -> None:
+    logits = torch.randn(4, *coarse, generator=torch.Generator().manual_seed(0))
+    ours = upsampled(logits, Grid(*size, align_corners), Window(0, 0, size[1], size[0]))
+    theirs = F.interpolate(logits[None], size, mode="bilinear", align_corners=align_corners)[0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)  # torch's own positions are float32
+
+
+def test_beyond_256_classes_they_are_of_more_bits() -> None:
+    logits = torch.zeros(300, 2, 2)
+    logits[299] = 1
+    label_map, _ = blocked(logits, Grid(4, 4), Window(0, 0, 4, 4))
+    assert (label_map == 299).all()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_logit_that_is_not_finite_leaves_a_class_and_a_confidence_that_is_nan(number: float) -> None:
+    logits = torch.zeros(3, 4, 4)
+    logits[1, 2, 2] = number
+    label_map, confidence = blocked(logits, Grid(4, 4), Window(0, 0, 4, 4))
+    assert label_map.max() < 3
+    assert confidence.isnan().nonzero().tolist() == [[2, 2]]
+
+
+INTERPRETED = """
+import torch
+from segray import kernel
+from segray.tail import Grid, blocked
+from segray.tile import Window
+
+torch.manual_seed(0)
+for shape, grid in [((5, 6, 4), Grid(40, 21)), ((300, 3, 3), Grid(5, 6, True)), ((4, 6, 6), Grid(6, 6))]:
+    window = Window(1, 2, grid.width - 1, grid.height - 3)
+    for logits in (torch.randn(shape), torch.randint(-2, 3, shape).float()):
+        case = logits.permute(1, 2, 0).contiguous().permute(2, 0, 1), grid, window
+        ours, theirs = kernel.label(*case), blocked(*case)
+        assert ours[0].dtype == theirs[0].dtype and torch.equal(ours[0], theirs[0])
+        torch.testing.assert_close(ours[1], theirs[1], rtol=1e-5, atol=0)
+logits = torch.zeros(3, 4, 4)
+logits[0, 1, 1], logits[2, 3, 3] = float("nan"), float("inf")
+_, confidence = kernel.label(logits, Grid(4, 4), Window(0, 0, 4, 4))
+assert confidence.isnan().nonzero().tolist() == [[1, 1], [3, 3]], confidence
+"""
+
+
+def test_the_kernel_gives_what_the_blocks_give() -> None:
+    # Triton's interpreter runs it where there is no GPU; it is switched on before the kernel is defined.
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    ran = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_the_kernel_gives_what_the_blocks_give_on_a_cpu() -> None:
+    from segray import kernel
+
+    logits = torch.randn(21, 65, 65, generator=torch.Generator().manual_seed(0))
+    case = Grid(520, 520), Window(0, 0, 520, 520)
+    label_map, confidence = kernel.label(logits.cuda(), *case)
+    expected, expected_confidence = blocked(logits, *case)
+    assert torch.equal(label_map.cpu(), expected)
+    torch.testing.assert_close(confidence.cpu(), expected_confidence, rtol=1e-5, atol=0)
