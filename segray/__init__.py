@@ -11,6 +11,7 @@ The modules, in the order in which data meets them:
     preprocessing  what a model is fed, and which bands of a scene that is
     cut         scenes → windows, each a task's work
     columns     arrays as columns of tables
+    architecture  models by name
     onnxgraph   ONNX files → what describes them, and a module
     model       name or checkpoint → module, Classes, preprocessing
     predict     Predictor, the actor class

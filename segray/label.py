@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 from tyro.conf import Positional
 
 import segray
-from segray import metrics, progress
+from segray import architecture, metrics, progress
 from segray.classes import Classes
 from segray.columns import binary
 from segray.decode import MAX_PIXELS, decode
@@ -205,33 +205,27 @@ def label(job: Label) -> None:
     run = _Run(job)
     say_as(run.run_id)
 
-    from segray import model
     from segray.lock import hold
     from segray.session import root_cause, session
-    from segray.sink import PartSink, Sink
 
     area = _area(job)
     source, entries = _source(job, area)
-    checkpoint = model.load(job.model, job.weights, job.classes)
-    job = _fitted(job, checkpoint)
-    for notice in model.notices(checkpoint):
-        note(notice)
-    recipe = _recipe(job, checkpoint, area)
-    sink = Sink(job.sink, recipe["recipe"])
+    architecture.check(job.model, job.weights, job.classes)
     if job.dry_run:
-        _print_prospect(job, entries, area, checkpoint, sink, recipe["recipe"])
+        _print_prospect(entries, area, *_load(job, area))
         return
 
-    lock = hold(
-        sink.filesystem,
-        sink.root,
-        run.run_id,
-        wait_seconds=job.wait,
-        say=note,
-        lost=functools.partial(run.end, "the sink's lock was lost to another run, or could not be renewed"),
-    )
-    with lock, session() as ray:
+    # Ray takes as long to start as torch to import.
+    loading = ThreadPoolExecutor(1).submit(_load, job, area)
+    with contextlib.ExitStack() as lock, session() as ray:
         placement = _placed(job, ray)
+        job, checkpoint, recipe = loading.result()
+
+        from segray.sink import PartSink, Sink
+
+        sink = Sink(job.sink, recipe["recipe"])
+        lost = functools.partial(run.end, "the sink's lock was lost to another run, or could not be renewed")
+        lock.enter_context(hold(sink.filesystem, sink.root, run.run_id, wait_seconds=job.wait, say=note, lost=lost))
         parts = sink.parts()  # before what is done: what a dying run commits in between is then seen at the end
         done = sink.done(with_rejects=not job.retry_rejects)
         pages = _pages(job, entries, area, sink, done, checkpoint, recipe["recipe"])
@@ -330,6 +324,22 @@ def _source(job: Label, area: Any) -> tuple[Any, Iterator[pa.Table]]:
     return source, itertools.chain([first], entries)
 
 
+def _load(job: Label, area: Any) -> tuple[Label, Any, dict[str, Any]]:
+    """The job as the model needs it, the model, and the recipe.
+
+    Raises:
+        ModelError: the model cannot be had.
+        SettingsError: it does not go with what the settings say.
+    """
+    from segray import model
+
+    checkpoint = model.load(job.model, job.weights, job.classes)
+    for notice in model.notices(checkpoint):
+        note(notice)
+    job = _fitted(job, checkpoint)
+    return job, checkpoint, _recipe(job, checkpoint, area)
+
+
 def _fitted(job: Label, checkpoint: Any) -> Label:
     """The job with its tiles and windows as the model needs them.
 
@@ -385,7 +395,7 @@ def _chain(
     area: Any,
     checkpoint: Any,
     placement: Placement,
-    blocks: list[Any],
+    blocks: list[pa.Table],
     done: np.ndarray,
     ledger: Any,
     whole: Callable[[str, list[str]], object],
@@ -403,7 +413,7 @@ def _chain(
     where = {"num_cpus": placement.task_cpus, "label_selector": placement.task_labels}
     task: dict[str, Any] = {"batch_format": "pyarrow", **where}
     fetch_arguments = {"done": done_ref, "column": job.column, "ledger": ledger, "whole": whole}
-    entries: Any = ray.data.from_arrow_refs(blocks)
+    entries: Any = ray.data.from_blocks(blocks)
     if job.scenes.size is None:
         decoded = entries.map_batches(_fetch, **task, fn_kwargs=fetch_arguments).map_batches(
             _decode, **task, fn_kwargs={"max_pixels": job.max_pixels}
@@ -862,8 +872,8 @@ def _scene_pages(
 class _Index:
     """What is to be done, in blocks that are one task's work each."""
 
-    blocks: list[Any]
-    """Ray references to tables with the schema `source.ENTRIES`, or `cut.WINDOWS`."""
+    blocks: list[pa.Table]
+    """With the schema `source.ENTRIES`, or `cut.WINDOWS`."""
     num_loose: int
     """Loose images in them."""
     num_shards: int
@@ -891,17 +901,15 @@ def _noun(job: Label) -> str:
 
 
 def _index(pages: Iterator[_Page], source: Any, per_block: tuple[int, int]) -> _Index:
-    import ray
-
-    blocks: list[Any] = []
+    blocks: list[pa.Table] = []
     num_loose = num_shards = num_present = 0
     is_unversioned = False
     for page in pages:
         num_loose += page.loose.num_rows
         # Few at first, that all may begin; then more, that millions of images are some thousand blocks.
         size = max(per_block[0], min(per_block[1], num_loose // _NUM_SMALL_BLOCKS))
-        blocks += [ray.put(page.loose.slice(row, size)) for row in range(0, page.loose.num_rows, size)]
-        blocks += [ray.put(page.shards.slice(row, 1)) for row in range(page.shards.num_rows)]
+        blocks += [page.loose.slice(row, size) for row in range(0, page.loose.num_rows, size)]
+        blocks += [page.shards.slice(row, 1) for row in range(page.shards.num_rows)]
         num_shards += page.shards.num_rows
         num_present += page.num_present
         is_unversioned |= page.is_unversioned
@@ -1028,11 +1036,15 @@ def _recipe(job: Label, checkpoint: Any, area: Any) -> dict[str, Any]:
 
 
 def _print_prospect(
-    job: Label, entries: Iterator[pa.Table], area: Any, checkpoint: Any, sink: Any, recipe: str
+    entries: Iterator[pa.Table], area: Any, job: Label, checkpoint: Any, document: Mapping[str, Any]
 ) -> None:
     """What a run would do, how long it would take and what it would cost."""
+    from segray.sink import Sink
     from segray.source import num_members
     from segray.store import LabelStore
+
+    recipe = document["recipe"]
+    sink = Sink(job.sink, recipe)
 
     records, others = [], []
     with contextlib.suppress(SinkError):  # there is no store yet
@@ -1132,7 +1144,7 @@ def _time_sample(
             # From all over the index, as its beginning may be like itself alone.
             rows = np.unique(np.linspace(0, table.num_rows, job.sample, endpoint=False, dtype=int))
             some = pa.concat_tables([table.slice(0, 0), *(table.slice(row, 1) for row in rows)])
-            blocks += [ray.put(some.slice(row, size)) for row in range(0, some.num_rows, size)]
+            blocks += [some.slice(row, size) for row in range(0, some.num_rows, size)]
         ledger = _start_ledger(ray, "sample", job.sample, None)
         chain = _chain(job, area, checkpoint, _placed(job, ray), blocks, done, ledger, _forget)
         for _ in chain.iter_batches(batch_size=None):

@@ -7,29 +7,28 @@ the actors, so that there is one way to build a model.
 
 import dataclasses
 import hashlib
+import importlib
 import io
 import json
 import struct
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 from typing import Any, Literal, Self
 
 import fsspec
 import safetensors.torch
-import segmentation_models_pytorch as smp
-import timm
 import torch
-import torchvision
 from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torchvision.models import segmentation
-from torchvision.models.segmentation._utils import _SimpleSegmentationModel
-from torchvision.models.segmentation.lraspp import LRASPP, LRASPPHead
-from torchvision.transforms.v2 import functional as TF
+from torch.overrides import TorchFunctionMode
 
+from segray import architecture as architectures
 from segray import onnxgraph
+from segray.architecture import TORCHVISION
 from segray.classes import Classes
 from segray.errors import ModelError, SettingsError
 from segray.preprocessing import Preprocessing
@@ -44,7 +43,6 @@ __all__ = [
     "fitted_tiling",
     "input_minimum",
     "input_multiple",
-    "known_models",
     "load",
     "logits",
     "normalised",
@@ -56,8 +54,6 @@ __all__ = [
     "window_multiple",
 ]
 
-_TORCHVISION = tuple(torchvision.models.list_models(segmentation))
-_SMP = tuple(sorted(smp.MODEL_ARCHITECTURES_MAPPING, key=len, reverse=True))
 _METADATA_KEY = "segray"
 _ONNX = "onnx"
 _STRIDE = 32
@@ -138,13 +134,6 @@ class Checkpoint:
             ) from error
 
 
-def known_models() -> str:
-    """The names that `load` takes, for a person."""
-    return (
-        f"{', '.join(_TORCHVISION)}, or ARCHITECTURE_ENCODER with one of {', '.join(sorted(_SMP))} (e.g. unet_resnet34)"
-    )
-
-
 def build(checkpoint: Checkpoint) -> nn.Module:
     """The module with the checkpoint's tensors in float32, in evaluation mode, on the CPU.
 
@@ -155,7 +144,10 @@ def build(checkpoint: Checkpoint) -> nn.Module:
     if checkpoint.architecture == _ONNX:
         graph = checkpoint.tensors["graph"].numpy().tobytes()
         return onnxgraph.Graph(graph, num_classes=len(checkpoint.classes), **checkpoint.arguments).eval()
-    module = _bare_module(checkpoint.architecture, checkpoint.arguments, checkpoint.classes, checkpoint.preprocessing)
+    with _Unfilled():
+        module = _bare_module(
+            checkpoint.architecture, checkpoint.arguments, checkpoint.classes, checkpoint.preprocessing
+        )
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
     faults = {
@@ -193,14 +185,13 @@ def logits(
 class _Coarse(nn.Module):
     """A model of torchvision without the upsampling at its end."""
 
-    def __init__(self, module: LRASPP | _SimpleSegmentationModel) -> None:
+    def __init__(self, backbone: nn.Module, classifier: nn.Module) -> None:
         super().__init__()
-        self.backbone: nn.Module = module.backbone
-        self.classifier: nn.Module = module.classifier
+        self.backbone, self.classifier = backbone, classifier
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.backbone(images)
-        result: Tensor = self.classifier(features if isinstance(self.classifier, LRASPPHead) else features["out"])
+        result: Tensor = self.classifier(features.get("out", features))  # LR-ASPP takes both of its own
         return result
 
 
@@ -216,8 +207,9 @@ def coarse(module: nn.Module) -> tuple[nn.Module, bool]:
         aligns_corners = bool(head[1].align_corners)
         head[1] = nn.Identity()
         return module, aligns_corners
-    if isinstance(module, LRASPP | _SimpleSegmentationModel):
-        return _Coarse(module), False
+    backbone, classifier = (getattr(module, name, None) for name in ("backbone", "classifier"))
+    if isinstance(backbone, nn.Module) and isinstance(classifier, nn.Module):
+        return _Coarse(backbone, classifier), False
     return module, False
 
 
@@ -235,7 +227,9 @@ def normalised(
     if preprocessing.channels == "BGR":
         values = values.flip(1)
     elif preprocessing.channels == "L":
-        values = TF.rgb_to_grayscale(values)
+        from torchvision.transforms.v2.functional import rgb_to_grayscale
+
+        values = rgb_to_grayscale(values)
     fed = values.to(torch.float32, copy=True)
     if preprocessing.bands is None and preprocessing.range == 1:
         fed.div_(255)
@@ -285,11 +279,11 @@ def start(
         arguments, preprocessing = given.arguments, given.preprocessing
         fresh = _fresh(given.architecture, arguments, classes, preprocessing, seed)
     else:
-        architecture, named = _parse(name)
+        architecture, named = architectures.parse(name)
         merged = {**named, **(arguments or {})}
         if weights == "random":
             return _fresh(architecture, merged, classes, preprocessing or Preprocessing(), seed), []
-        if weights == "published" and architecture not in _TORCHVISION:
+        if weights == "published" and architecture not in TORCHVISION:
             raise ModelError(
                 f"{name} has no published segmentation weights; --weights imagenet gives it those of its encoder, "
                 "--weights random none"
@@ -337,6 +331,7 @@ def input_multiple(module: nn.Module) -> int:
         return _STRIDE
     if not getattr(module, "requires_divisible_input_shape", False):
         return 1
+    smp = _library("segmentation_models_pytorch")
     encoder: Any = module.encoder
     # DPT fuses the features of its stride with those of half as many pixels a side.
     return int(encoder.output_stride) * (2 if isinstance(module, smp.DPT) else 1)
@@ -346,10 +341,12 @@ def input_minimum(module: nn.Module) -> int:
     """What the height and width of its input must at least be."""
     if isinstance(module, onnxgraph.Graph):
         return module.tile_size or 1
-    if isinstance(module, smp.PAN):
-        return 128  # it halves the deepest features, of stride 16, three times more
     encoder: Any = getattr(module, "encoder", None)
-    return int(encoder.output_stride) if encoder is not None else 1
+    if encoder is None:
+        return 1
+    smp = _library("segmentation_models_pytorch")
+    # PAN halves the deepest features, of stride 16, three times more.
+    return 128 if isinstance(module, smp.PAN) else int(encoder.output_stride)
 
 
 def batch_minimum(module: nn.Module) -> int:
@@ -396,9 +393,11 @@ def notices(checkpoint: Checkpoint) -> list[str]:
     licence = ""
     if encoder.startswith("mit_b"):
         licence = "NVIDIA Source Code License: research and evaluation only"
-    elif encoder.startswith("tu-") and timm.models.is_model(encoder[3:]):
-        terms = getattr(timm.models.get_pretrained_cfg(encoder[3:], allow_unregistered=True), "license", None) or ""
-        licence = terms if "-nc" in terms.lower() else ""
+    elif encoder.startswith("tu-"):
+        timm = _library("timm")
+        if timm.models.is_model(encoder[3:]):
+            terms = getattr(timm.models.get_pretrained_cfg(encoder[3:], allow_unregistered=True), "license", None) or ""
+            licence = terms if "-nc" in terms.lower() else ""
     if not licence:
         return []
     return [
@@ -422,36 +421,23 @@ def load(model: str, weights: str | None = None, classes: str | None = None) -> 
         ModelError: the name is not known, the weights cannot be had, or they do not fit.
         SettingsError: `weights` and `classes` do not go with `model`.
     """
+    architectures.check(model, weights, classes)
     if model.endswith(".onnx"):
-        if weights:
-            raise SettingsError(f"--weights goes with an architecture's name, not with the file {model}")
         return _of_onnx(model, classes)
-    if model.endswith((".safetensors", ".pth", ".pt")):
-        if weights or classes:
-            raise SettingsError(f"--weights and --classes go with an architecture's name, not with the file {model}")
-        if not model.endswith(".safetensors"):
-            raise ModelError(
-                f"{model} does not say what its tensors are; give the architecture: "
-                f"--model NAME --weights {model} --classes FILE"
-            )
+    if model.endswith(".safetensors"):
         checkpoint = Checkpoint.from_bytes(_read(model), model)
+    elif weights is None or classes is None:
+        checkpoint = _published(model)
     else:
-        architecture, arguments = _parse(model)
-        if weights is None:
-            if classes is not None:
-                raise SettingsError("--classes goes with --weights; published weights bring their own classes")
-            checkpoint = _published(model, architecture)
-        else:
-            if classes is None:
-                raise SettingsError(f"--weights {weights} needs --classes FILE: the names of its classes")
-            checkpoint = Checkpoint(
-                architecture=architecture,
-                arguments=arguments,
-                classes=Classes.read(classes),
-                preprocessing=_read_preprocessing(classes),
-                origin={"weights": weights},
-                tensors=_read_state_dict(weights),
-            )
+        architecture, arguments = architectures.parse(model)
+        checkpoint = Checkpoint(
+            architecture=architecture,
+            arguments=arguments,
+            classes=Classes.read(classes),
+            preprocessing=_read_preprocessing(classes),
+            origin={"weights": weights},
+            tensors=_read_state_dict(weights),
+        )
     build(checkpoint)  # on the driver, so that a misfit is one line before anything starts
     return checkpoint
 
@@ -492,7 +478,7 @@ def untrained(
     Raises:
         ModelError: the name is not known, or the arguments do not fit.
     """
-    architecture, named = _parse(model)
+    architecture, named = architectures.parse(model)
     return _fresh(architecture, {**named, **(arguments or {})}, classes, preprocessing or Preprocessing(), seed)
 
 
@@ -514,7 +500,8 @@ def _on_imagenet(architecture: str, arguments: Mapping[str, Any]) -> Checkpoint:
     """A model whose backbone has the weights that its library publishes; its head is random, of one class."""
     way_out = "fetch them elsewhere and copy Hugging Face's cache (set by HF_HOME)"
     try:
-        if architecture in _TORCHVISION:
+        if architecture in TORCHVISION:
+            torchvision = _library("torchvision")
             weights = torchvision.models.get_model_weights(architecture.partition("_")[2]).DEFAULT
             folder = Path(torch.hub.get_dir(), "checkpoints")
             way_out = f"download {weights.url} elsewhere and put it into {folder} (set by TORCH_HOME)"
@@ -528,6 +515,7 @@ def _on_imagenet(architecture: str, arguments: Mapping[str, Any]) -> Checkpoint:
                 raise ValueError(f"{len(missing)} tensors are missing, e.g. {missing[0]}")
             published = Preprocessing()
         else:
+            smp = _library("segmentation_models_pytorch")
             encoder = arguments["encoder_name"]
             there = True if encoder.startswith("tu-") else "imagenet"  # timm's names say which
             module = smp.create_model(architecture, encoder_weights=there, classes=1, **arguments)
@@ -543,7 +531,7 @@ def _on_imagenet(architecture: str, arguments: Mapping[str, Any]) -> Checkpoint:
             f"the ImageNet weights for {architecture} {dict(arguments)} could not be had ({_reason(error)}); "
             f"start with --weights random, or {way_out}"
         ) from error
-    backbone = "backbone." if architecture in _TORCHVISION else "encoder."
+    backbone = "backbone." if architecture in TORCHVISION else "encoder."
     tensors = {name: tensor for name, tensor in module.state_dict().items() if name.startswith(backbone)}
     return Checkpoint(
         architecture=architecture,
@@ -554,37 +542,24 @@ def _on_imagenet(architecture: str, arguments: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def _parse(name: str) -> tuple[str, dict[str, Any]]:
-    if name in _TORCHVISION:
-        return name, {}
-    for architecture in _SMP:
-        # Without this a vision transformer takes images of one size alone.
-        more = {"dynamic_img_size": True} if architecture == "dpt" else {}
-        if name == architecture and architecture != "dpt":
-            return architecture, {"encoder_name": "resnet34"}
-        if name.startswith(f"{architecture}_"):
-            return architecture, {"encoder_name": name.removeprefix(f"{architecture}_"), **more}
-    raise ModelError(
-        f"there is no model {name!r}; there are {known_models()}, and files ending in .safetensors or .onnx"
-    )
-
-
 def _bare_module(
     architecture: str, arguments: Mapping[str, Any], classes: Classes, preprocessing: Preprocessing
 ) -> nn.Module:
-    if architecture in _TORCHVISION and arguments:  # which it would swallow
+    if architecture in TORCHVISION and arguments:  # which it would swallow
         raise ModelError(
             f"{architecture} takes no arguments, and was given {dict(arguments)}; output stride and atrous rates are "
             "those of segmentation-models-pytorch's, e.g. deeplabv3_resnet34 with "
             '\'{"encoder_output_stride": 8, "decoder_atrous_rates": [6, 12, 18]}\''
         )
     try:
-        if architecture in _TORCHVISION:
+        if architecture in TORCHVISION:
+            torchvision = _library("torchvision")
             module: nn.Module = torchvision.models.get_model(
                 architecture, weights=None, weights_backbone=None, num_classes=len(classes), **arguments
             )
             _take_channels(module, len(preprocessing.channels))
         else:
+            smp = _library("segmentation_models_pytorch")
             module = smp.create_model(
                 architecture,
                 encoder_weights=None,
@@ -613,13 +588,9 @@ def _reason(error: Exception) -> str:
     return str(error).partition("\n")[0][:300] or type(error).__name__
 
 
-def _published(model: str, architecture: str) -> Checkpoint:
-    if architecture not in _TORCHVISION:
-        raise ModelError(
-            f"{model} has no published segmentation weights; give your own: --weights FILE --classes FILE, "
-            "or --model FILE.safetensors"
-        )
-    published = torchvision.models.get_model_weights(architecture).DEFAULT
+def _published(model: str) -> Checkpoint:
+    torchvision = _library("torchvision")
+    published = torchvision.models.get_model_weights(model).DEFAULT
     file = Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(published.url).name)
     way_out = f"download {published.url} elsewhere and put it into {file.parent} (set by TORCH_HOME)"
     was_there = file.exists()
@@ -639,7 +610,7 @@ def _published(model: str, architecture: str) -> Checkpoint:
     transforms = published.transforms()
     names = [name.strip("_") for name in published.meta["categories"]]
     return Checkpoint(
-        architecture=architecture,
+        architecture=model,
         classes=Classes(tuple(names)),
         preprocessing=Preprocessing(
             resize=transforms.resize_size[0], mean=tuple(transforms.mean), std=tuple(transforms.std)
@@ -698,3 +669,35 @@ def _read_state_dict(uri: str) -> dict[str, Tensor]:
     if not _is_state_dict(loaded):
         raise ModelError(f"{uri} does not hold a state dict (names to tensors); save a model's state_dict()")
     return _inference_tensors(loaded)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Within it weights get no random values, which would take long and be overwritten."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__module__", "") == nn.init.__name__:
+            return given["tensor"] if "tensor" in given else args[0]
+        return func(*args, **given)
+
+
+def _library(name: str) -> Any:
+    """torchvision, smp or timm, imported where a model of theirs is met, as they take long.
+
+    Most of it would be torch's compiler, which they import for functions that no model here calls.
+    """
+    compiler = "torch._dynamo.utils"
+    if compiler in sys.modules:
+        return importlib.import_module(name)
+    stub: Any = ModuleType(compiler)
+    stub.is_compile_supported = None  # for the boxes of detection
+    disable = torch.compiler.disable
+    sys.modules[compiler] = stub
+    torch.compiler.disable = lambda fn=None, **_: fn
+    try:
+        return importlib.import_module(name)
+    finally:
+        del sys.modules[compiler]
+        torch.compiler.disable = disable

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.functional as TF
 from jaxtyping import Bool, Float, Float32, Float64, Int64, UInt, UInt8
 from torch import Tensor
 
@@ -364,8 +363,9 @@ class Predictor:
         pixels = images.to(self._device)
         if self._preprocessing.resize is None:
             return pixels
-        bilinear = TF.InterpolationMode.BILINEAR
-        resized: Tensor = TF.resize(pixels, [self._preprocessing.resize], bilinear, antialias=True)
+        from torchvision.transforms.functional import InterpolationMode, resize  # which takes a second to import
+
+        resized: Tensor = resize(pixels, [self._preprocessing.resize], InterpolationMode.BILINEAR, antialias=True)
         return resized
 
     def _logits(

@@ -28,6 +28,8 @@ def session() -> Iterator[ModuleType]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # native code would write on the terminal
+    # There is no dashboard here, and yet Ray would wait two seconds for the process that is without it.
+    os.environ.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "0")
     # Ray ends idle workers after a second, and to start others takes longer than what they do.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     import ray

@@ -19,7 +19,6 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 import rasterio
-import ray
 import shapely
 import ukis_csmask
 from pyproj import Geod, Transformer
@@ -285,9 +284,7 @@ def test_a_second_run_does_nothing_and_opens_no_scene(labelled: Labelled, monkey
     assert parts == set()
 
 
-def test_a_scene_of_many_windows_is_in_few_blocks_from_the_first_on(
-    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_scene_of_many_windows_is_in_few_blocks_from_the_first_on(monkeypatch: pytest.MonkeyPatch) -> None:
     page = _Page(
         loose=pa.table({"uri": [str(number) for number in range(70)]}),
         shards=pa.table({"uri": pa.array([], pa.string())}),
@@ -298,7 +295,7 @@ def test_a_scene_of_many_windows_is_in_few_blocks_from_the_first_on(
     )
     monkeypatch.setattr("segray.label._NUM_SMALL_BLOCKS", 10)
     index = _index(iter([page, page]), Source("."), (4, 10))
-    assert [ray.get(block).num_rows for block in index.blocks] == [7] * 10 + [10] * 7
+    assert [block.num_rows for block in index.blocks] == [7] * 10 + [10] * 7
 
 
 def test_tasks_decode_a_scene_in_tiles_fewer_than_three_times() -> None:

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,13 +57,6 @@ def classes_file(tmp_path: Path) -> str:
 def assert_same_tensors(ours: Any, theirs: Any) -> None:
     assert sorted(ours) == sorted(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_the_known_models_are_torchvisions_and_smps() -> None:
-    text = model.known_models()
-    assert len(TORCHVISION) >= 6
-    assert all(name in text for name in TORCHVISION)
-    assert all(name in text for name in ("unet", "unetplusplus", "pspnet", "deeplabv3plus", "fpn", "upernet"))
 
 
 @pytest.mark.parametrize("name", [*TORCHVISION, *SMP])
@@ -719,3 +714,19 @@ def test_timms_encoders_bring_their_weights_too(hub_cache: Path) -> None:
 
 def of_encoder(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("encoder.")}
+
+
+@pytest.mark.parametrize("name", ["lraspp_mobilenet_v3_large", SMALL])
+def test_a_model_is_built_without_torchs_compiler_and_without_what_it_is_not_made_of(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(model.untrained(name, Classes(NAMES)).to_bytes())
+    program = (
+        "import sys, torch\n"
+        "from segray import model\n"
+        f"module = model.build(model.load({str(path)!r}))\n"
+        "module(torch.zeros(2, 3, 64, 64))\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+        f"assert ('timm' in sys.modules) == {'tu-' in name}\n"
+        "torch.compile(torch.nn.ReLU(), backend='eager')(torch.zeros(1))"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
