@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from segray.decode import MAX_PIXELS, decode
-from segray.predict import DType, Predictor
+from segray.predict import Predictor
 from tests.benchmarks import eager
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ WARM_UP = 2
 """Rounds over the first block that are not timed: what is compiled is compiled there."""
 
 
-def eager_loop(way: eager.Way, frames: Sequence[Path], device: str, dtype: DType) -> float:
+def eager_loop(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) -> float:
     """Images per second of the plain forward pass and argmax, on frames that are decoded."""
     model = eager.build(way).to(device)
     images = [decode(frame.read_bytes(), MAX_PIXELS) for frame in frames]
@@ -39,7 +39,7 @@ def eager_loop(way: eager.Way, frames: Sequence[Path], device: str, dtype: DType
     return len(images) / (time.perf_counter() - began)
 
 
-def fast_loop(way: eager.Way, frames: Sequence[Path], device: str, dtype: DType | None) -> tuple[float, str]:
+def fast_loop(way: eager.Way, frames: Sequence[Path], device: str, dtype: str | None) -> tuple[float, str]:
     """Images per second of `Predictor` on frames that are decoded, and what it computes in."""
     predictor = build(way, device, dtype)
     images = [decode(frame.read_bytes(), MAX_PIXELS) for frame in frames]
@@ -52,7 +52,7 @@ def fast_loop(way: eager.Way, frames: Sequence[Path], device: str, dtype: DType 
     return len(images) / (time.perf_counter() - began), dtype_of(predictor)
 
 
-def from_jpeg(way: eager.Way, frames: Sequence[Path], device: str, dtype: DType | None) -> tuple[float, str]:
+def from_jpeg(way: eager.Way, frames: Sequence[Path], device: str, dtype: str | None) -> tuple[float, str]:
     """Likewise from the bytes of JPEG files in memory; all cores decode a block while the model labels the last."""
     predictor = build(way, device, dtype)
     blocks = list(_split([frame.read_bytes() for frame in frames], BLOCK))
@@ -73,7 +73,7 @@ def from_jpeg(way: eager.Way, frames: Sequence[Path], device: str, dtype: DType 
         return len(frames) / (time.perf_counter() - began), dtype_of(predictor)
 
 
-def build(way: eager.Way, device: str, dtype: DType | None, **more: Any) -> Predictor:
+def build(way: eager.Way, device: str, dtype: str | None, **more: Any) -> Predictor:
     """The job's own; `dtype` None is its default, and `more` are further settings."""
     given = more if dtype is None else {"dtype": dtype, **more}
     return Predictor(

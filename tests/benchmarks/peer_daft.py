@@ -28,7 +28,7 @@ class Segment:
 
 def main() -> None:
     way = tyro.cli(eager.Way)
-    segment = Segment.with_init_args(way)
+    segment = Segment.with_init_args(way)  # type: ignore[attr-defined]
     (
         daft.from_glob_path(f"{way.frames}/*.jpg")
         .with_column("image", col("path").url.download().image.decode(mode="RGB"))

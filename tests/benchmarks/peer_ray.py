@@ -16,7 +16,7 @@ class Segment:
         self.model = eager.build(way)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        label_maps = eager.label_images(self.model, batch["image"])
+        label_maps = eager.label_images(self.model, list(batch["image"]))
         return {"path": batch["path"], "label_map": label_maps, "at": np.full(len(label_maps), time.time())}
 
 
@@ -36,7 +36,7 @@ def main() -> None:
         )
         .write_parquet(str(way.sink))
     )
-    ray.shutdown()  # type: ignore[no-untyped-call]
+    ray.shutdown()
     eager.tell(ds.dataset(way.sink).to_table(columns=["at"])["at"].to_pylist())
 
 

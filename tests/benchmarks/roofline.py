@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from segray.predict import DType
 from tests.benchmarks import eager
 
 NUM_ROUNDS = 5
@@ -62,7 +61,7 @@ def convolutions(name: str, height: int, width: int) -> list[Convolution]:
     ]
 
 
-def ceilings(device: str, threads: int, dtype: DType) -> Ceilings:
+def ceilings(device: str, threads: int, dtype: str) -> Ceilings:
     """Measures them."""
     torch.set_num_threads(threads)
     of_dtype = getattr(torch, dtype)
@@ -83,9 +82,9 @@ def eager_milliseconds(way: eager.Way, device: str, height: int, width: int) -> 
         return 1000 * best_seconds(lambda: model(values), device) / eager.BATCH_SIZE
 
 
-def floor_milliseconds(convolutions: list[Convolution], ceilings: Ceilings, dtype: DType) -> float:
+def floor_milliseconds(convolutions: list[Convolution], ceilings: Ceilings, dtype: str) -> float:
     """For an image."""
-    size = getattr(torch, dtype).itemsize
+    size: int = getattr(torch, dtype).itemsize
     return 1000 * sum(
         max(one.num_flops / ceilings.flops_per_second, one.num_values * size / ceilings.bytes_per_second)
         for one in convolutions

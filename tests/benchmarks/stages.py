@@ -99,7 +99,7 @@ def images_per_second(name: str, settings: Stages) -> float:
     return num_batches * settings.batch_size / (time.perf_counter() - begin)
 
 
-def of_model(way: eager.Way, frames: Sequence[Path], device: str, dtype: DType | None) -> tuple[float, float, str]:
+def of_model(way: eager.Way, frames: Sequence[Path], device: str, dtype: str | None) -> tuple[float, float, str]:
     """Milliseconds for an image of `Predictor`'s forward pass, with what comes before, and of its tail; and its dtype.
 
     Args:

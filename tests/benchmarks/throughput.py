@@ -4,7 +4,7 @@
 
 - The bare loops, without Ray, on frames that are decoded: the eager forward pass and argmax in float32; `Predictor`.
 - The peers, in eager float32 as their guides have it: a script with torch's DataLoader (`peer_dataloader.py`), the
-  recipe of Ray's documentation (`peer_ray.py`), a query of Daft (`peer_daft.py`; left out without the extra `benchmark`).
+  recipe of Ray's documentation (`peer_ray.py`), a query of Daft (`peer_daft.py`; left out where it is not installed).
 - This job, from files to the label store: on the local disk, and on a real S3 server of the same machine.
 
 Frames are drawn scenes as JPEG; weights are random. A rate is that of the steady state: it counts from the first batch
@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from datetime import date, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, TypeVar
 
 import fsspec
 import numpy as np
@@ -46,11 +46,10 @@ from PIL import Image
 from segray.classes import Classes
 from segray.demo import scene
 from segray.model import Checkpoint
-from segray.predict import CPU_ENVIRONMENT, DType
+from segray.predict import CPU_ENVIRONMENT
 from tests import s3
 from tests.benchmarks import actor, eager, roofline, stages
 
-P = ParamSpec("P")
 R = TypeVar("R")
 Row = dict[str, str]
 
@@ -161,16 +160,16 @@ def say(name: str, timed: Timed) -> None:
     print(f"{time.strftime('%H:%M:%S')} {name}: {timed.images_per_second:.1f} images/s", file=sys.stderr, flush=True)
 
 
-def apart(function: Callable[P, R], *arguments: P.args, **more: P.kwargs) -> R:
+def apart(function: Callable[..., R], *arguments: Any) -> R:
     """Calls it in a process of its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments, **more).result()
+        return pool.submit(function, *arguments).result()
 
 
-def as_actor(device: str, function: Callable[P, R], *arguments: P.args, **more: P.kwargs) -> R:
+def as_actor(device: str, function: Callable[..., R], *arguments: Any) -> R:
     """Calls it in a process that begins as the job's actors do."""
     with environment(CPU_ENVIRONMENT if device == "cpu" else {}):
-        return apart(function, *arguments, **more)
+        return apart(function, *arguments)
 
 
 @contextlib.contextmanager
@@ -283,7 +282,7 @@ def of_actor(settings: Throughput, way: eager.Way, frames: Sequence[Path]) -> tu
     """Likewise, of what runs without Ray."""
     suite = Suite(settings, way, frames)
 
-    def loop(function: Callable[..., tuple[float, str]], dtype: DType | None) -> Timed:
+    def loop(function: Callable[..., tuple[float, str]], dtype: str | None) -> Timed:
         rate, computed_in = as_actor(settings.device, function, way, frames, settings.device, dtype)
         return Timed(images_per_second=rate, dtype=computed_in)
 
