@@ -7,7 +7,6 @@ import torchvision
 from tests.benchmarks import roofline, throughput
 from tests.benchmarks.throughput import Timed
 
-
 SECOND_HEAD = 65 * 65 * (1024 * 256 * 9 + 256 * 21) / 1e9  # which only training needs
 
 
