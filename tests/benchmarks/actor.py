@@ -39,7 +39,7 @@ def eager_loop(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) 
     return len(images) / (time.perf_counter() - began)
 
 
-def fast_loop(way: eager.Way, frames: Sequence[Path], device: str, dtype: str | None) -> tuple[float, str]:
+def fast_loop(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) -> tuple[float, str]:
     """Images per second of `Predictor` on frames that are decoded, and what it computes in."""
     predictor = build(way, device, dtype)
     images = [decode(frame.read_bytes(), MAX_PIXELS) for frame in frames]
@@ -52,7 +52,7 @@ def fast_loop(way: eager.Way, frames: Sequence[Path], device: str, dtype: str | 
     return len(images) / (time.perf_counter() - began), dtype_of(predictor)
 
 
-def from_jpeg(way: eager.Way, frames: Sequence[Path], device: str, dtype: str | None) -> tuple[float, str]:
+def from_jpeg(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) -> tuple[float, str]:
     """Likewise from the bytes of JPEG files in memory; all cores decode a block while the model labels the last."""
     predictor = build(way, device, dtype)
     blocks = list(_split([frame.read_bytes() for frame in frames], BLOCK))
@@ -73,12 +73,15 @@ def from_jpeg(way: eager.Way, frames: Sequence[Path], device: str, dtype: str | 
         return len(frames) / (time.perf_counter() - began), dtype_of(predictor)
 
 
-def build(way: eager.Way, device: str, dtype: str | None, **more: Any) -> Predictor:
-    """The job's own; `dtype` None is its default, and `more` are further settings."""
-    given = more if dtype is None else {"dtype": dtype, **more}
-    return Predictor(
-        way.weights.read_bytes, batch_size=eager.BATCH_SIZE, device=device, num_threads=way.threads, **given
-    )
+def build(way: eager.Way, device: str, dtype: str, **more: Any) -> Predictor:
+    """The job's own; `more` are further settings."""
+    settings: dict[str, Any] = {
+        "batch_size": eager.BATCH_SIZE,
+        "device": device,
+        "dtype": dtype,
+        "num_threads": way.threads,
+    }
+    return Predictor(way.weights.read_bytes, **settings, **more)
 
 
 def dtype_of(predictor: Predictor) -> str:

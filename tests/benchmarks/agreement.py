@@ -2,9 +2,9 @@ r"""Whether the fast way to label gives the labels of the plain one: on CamVid's
 
     python -m tests.benchmarks.agreement build/camvid/model/checkpoint.safetensors [--camvid ../shared/data/camvid]
 
-compares `Predictor` as it comes, and in float32, with the eager forward pass in float32 of the same weights: the share
-of pixels that are labelled alike, and the mIoU against the targets. It fails below 99.9 %, and where the mIoUs differ
-by more than 0.1 point. Such a model, in some minutes on one thread, is made by
+compares `Predictor` as the job has it, and in float32, with the eager forward pass in float32 of the same weights: the
+share of pixels that are labelled alike, and the mIoU against the targets. It fails below 99.9 %, and where the mIoUs
+differ by more than 0.1 point. Such a model, in some minutes on one thread, is made by
 
     python jobs/pack.py ../shared/data/camvid build/camvid/shards --dataset camvid
     python jobs/train.py build/camvid/shards build/camvid/model --model lraspp_mobilenet_v3_large --resize 240 \
@@ -30,11 +30,12 @@ from tyro.conf import Positional
 
 from segray import model
 from segray.decode import MAX_PIXELS, decode
+from segray.label import Label
 from segray.model import Checkpoint
 from segray.predict import Prediction, Predictor
 from segray.statistics import ConfusionMatrix
 from tests.benchmarks.actor import dtype_of
-from tests.benchmarks.throughput import THREADS, markdown
+from tests.benchmarks.throughput import THREADS, machine, markdown
 
 VOID = 11
 """In the files of targets."""
@@ -89,12 +90,16 @@ def main() -> None:
     checkpoint = Checkpoint.from_bytes(data)
     num_classes = len(checkpoint.classes)
 
-    def predictor(**given: Any) -> Predictor:
-        return Predictor(lambda: data, batch_size=BATCH_SIZE, device=settings.device, num_threads=THREADS, **given)
+    def predictor(dtype: Any) -> Predictor:
+        threads = THREADS
+        return Predictor(lambda: data, batch_size=BATCH_SIZE, device=settings.device, dtype=dtype, num_threads=threads)
 
-    default, plain = predictor(), predictor(dtype="float32")
-    label = {"eager, float32": eager(checkpoint, settings.device)}
-    label |= {f"Predictor, {dtype_of(one)}": partial(fast, one) for one in (plain, default)}
+    default = predictor(Label.dtype)
+    label = {
+        "eager, float32": eager(checkpoint, settings.device),
+        "Predictor, float32": partial(fast, predictor("float32")),
+        f"Predictor, {Label.dtype}": partial(fast, default),
+    }
     paths = sorted((settings.camvid / "val").iterdir())
     matrices = {name: ConfusionMatrix.zeros(num_classes) for name in label}
     alike = dict.fromkeys(label, 0)
@@ -115,7 +120,8 @@ def main() -> None:
         {"way": name, "pixels alike": f"{alike[name] / num_pixels:.4%}", "mIoU": f"{miou[name]:.4f}"} for name in label
     ]
     print(markdown(rows))
-    print(f"{len(paths)} images of {settings.camvid}/val, {checkpoint.architecture}, torch {torch.__version__}")
+    of_model = f"{checkpoint.architecture}, {Label.dtype} is {dtype_of(default)}"
+    print(f"{len(paths)} images of CamVid's val, {of_model}, {machine(settings.device)}, torch {torch.__version__}")
     sys.exit(any(alike[name] < MIN_AGREEMENT * num_pixels or difference[name] > MAX_DIFFERENCE for name in label))
 
 

@@ -99,14 +99,14 @@ def images_per_second(name: str, settings: Stages) -> float:
     return num_batches * settings.batch_size / (time.perf_counter() - begin)
 
 
-def of_model(way: eager.Way, frames: Sequence[Path], device: str, dtype: str | None) -> tuple[float, float, str]:
+def of_model(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) -> tuple[float, float, str]:
     """Milliseconds for an image of `Predictor`'s forward pass, with what comes before, and of its tail; and its dtype.
 
     Args:
         way: of it model, weights and threads.
         frames: JPEG files of one size.
         device: where it runs.
-        dtype: None: the default.
+        dtype: as `Predictor` takes it.
     """
     beats: list[tuple[float, int]] = []
 

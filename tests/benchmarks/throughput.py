@@ -47,6 +47,7 @@ from PIL import Image
 
 from segray.classes import Classes
 from segray.demo import scene
+from segray.label import Label
 from segray.model import Checkpoint
 from segray.predict import CPU_ENVIRONMENT
 from tests.benchmarks import actor, eager, roofline, stages
@@ -118,7 +119,7 @@ class Suite:
 
     def _loops(self) -> tuple[Timed, Timed]:
         eager_rate = apart(actor.eager_loop, self._way, self._frames, self._device, "float32")
-        fast_rate, dtype = as_actor(self._device, actor.fast_loop, self._way, self._frames, self._device, None)
+        fast_rate, dtype = as_actor(self._device, actor.fast_loop, self._way, self._frames, self._device, Label.dtype)
         loops = Timed(images_per_second=eager_rate), Timed(images_per_second=fast_rate, dtype=dtype)
         for name, loop in zip(("eager loop", "fast loop"), loops, strict=True):
             say(name, loop)
@@ -126,7 +127,7 @@ class Suite:
 
     @property
     def dtype(self) -> str:
-        """What `Predictor` computes in where nothing is said."""
+        """What the fast loop computes in, which is what the job does where nothing is said."""
         return self._bare[0][1].dtype
 
     def rows(self) -> list[Row]:
@@ -286,11 +287,11 @@ def of_actor(settings: Throughput, way: eager.Way, frames: Sequence[Path]) -> tu
     frames = frames[: NUM_FRAMES[settings.model, settings.device][1]]
     suite = Suite(settings, way, frames)
 
-    def loop(function: Callable[..., tuple[float, str]], dtype: str | None) -> Timed:
+    def loop(function: Callable[..., tuple[float, str]], dtype: str) -> Timed:
         rate, computed_in = as_actor(settings.device, function, way, frames, settings.device, dtype)
         return Timed(images_per_second=rate, dtype=computed_in)
 
-    suite.run("from JPEG bytes", partial(loop, actor.from_jpeg, None))
+    suite.run("from JPEG bytes", partial(loop, actor.from_jpeg, Label.dtype))
     if (default := suite.dtype) != "float32":
         eager_rate = partial(apart, actor.eager_loop, way, frames, settings.device, default)
         suite.run("eager loop", lambda: Timed(images_per_second=eager_rate(), dtype=default))
@@ -309,7 +310,7 @@ def of_model(settings: Throughput, way: eager.Way, frames: Sequence[Path]) -> tu
     """Stages of the model, and the roofline: FLOPs and bytes of an image, ceilings, floor and gap of forward passes."""
     device, (height, width) = settings.device, settings.size
     convolutions = roofline.convolutions(settings.model, height, width)
-    forward, tail, default = as_actor(device, stages.of_model, way, frames, device, None)
+    forward, tail, default = as_actor(device, stages.of_model, way, frames, device, Label.dtype)
     milliseconds = {f"forward, {default}": forward, "tail": tail}
     passes = [("eager", "float32", apart(roofline.eager_milliseconds, way, device, height, width))]
     if default != "float32":
