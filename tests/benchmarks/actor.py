@@ -75,13 +75,8 @@ def from_jpeg(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) -
 
 def build(way: eager.Way, device: str, dtype: str, **more: Any) -> Predictor:
     """The job's own; `more` are further settings."""
-    settings: dict[str, Any] = {
-        "batch_size": eager.BATCH_SIZE,
-        "device": device,
-        "dtype": dtype,
-        "num_threads": way.threads,
-    }
-    return Predictor(way.weights.read_bytes, **settings, **more)
+    more |= {"batch_size": eager.BATCH_SIZE, "device": device, "dtype": dtype, "num_threads": way.threads}
+    return Predictor(way.weights.read_bytes, **more)
 
 
 def dtype_of(predictor: Predictor) -> str:

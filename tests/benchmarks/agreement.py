@@ -95,7 +95,7 @@ def main() -> None:
         return Predictor(lambda: data, batch_size=BATCH_SIZE, device=settings.device, dtype=dtype, num_threads=threads)
 
     default = predictor(Label.dtype)
-    label = {
+    label: dict[str, Callable[[Sequence[np.ndarray]], np.ndarray]] = {
         "eager, float32": eager(checkpoint, settings.device),
         "Predictor, float32": partial(fast, predictor("float32")),
         f"Predictor, {Label.dtype}": partial(fast, default),
