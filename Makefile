@@ -63,11 +63,15 @@ lint: install
 	mypy
 	lint-imports
 
-# Images per second of labelling, against a bare loop and Ray's documented recipe; of training, against its step; and
-# a scene of 30,000 × 30,000 pixels, its memory, and its windows per second against a bare loop.
+# Each stage of an image; images per second of labelling, against bare loops, a DataLoader, Ray's documented recipe and
+# Daft, with tables and a plot in build/benchmark; of training, against its step; and a scene of 30,000 × 30,000 pixels,
+# its memory, and its windows per second against a bare loop. Without the extra's packages Daft and plots are left out.
 benchmark: install
-	python tests/benchmarks/throughput.py
-	python tests/benchmarks/training.py
+	-$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[benchmark]'
+	python -m tests.benchmarks.stages
+	python -m tests.benchmarks.throughput
+	python -m tests.benchmarks.training
+	python -m tests.benchmarks.throughput --model deeplabv3_resnet50
 	python -m tests.benchmarks.scenes
 
 clean:

@@ -1,6 +1,6 @@
-"""What an image costs apart from moving it: decode and encode on one core, and the model on its device.
+"""What an image costs in each stage of the job, apart from moving it between them.
 
-    python tests/benchmarks/stages.py [--device cpu] [--dtype float32] [--batch-size 16] [--num-images 64]
+    python -m tests.benchmarks.stages [--device cpu] [--dtype float32] [--batch-size 16] [--num-images 64]
 
 Images are drawn scenes, scaled to the size; label maps are their targets, scaled likewise. Decode and encode
 are the functions of the job, on one thread, best of five rounds. The model's time is that of its actor without
@@ -12,20 +12,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 import tyro
 from PIL import Image
 
 from segray import model
 from segray.classes import Classes
-from segray.decode import decode
+from segray.decode import MAX_PIXELS, decode
 from segray.demo import CLASSES, scene
-from segray.forward import DType
 from segray.labelmap import encode_png
+from segray.forward import DType
 from segray.predict import Predictor
+from segray.source import Source, fetch
+from tests.benchmarks import actor, eager
 
 T = TypeVar("T")
 
@@ -33,6 +37,7 @@ SIZES = ((360, 480), (1024, 2048))
 FORMATS = ("JPEG", "PNG")
 MODELS = ("lraspp_mobilenet_v3_large", "deeplabv3_resnet50")
 NUM_SCENES = 8
+PART_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +46,7 @@ class Stages:
 
     device: Literal["cpu", "cuda"] = "cpu"
     """Of the models."""
-    dtype: DType = "auto"
+    dtype: DType = "float32"
     """Of the models."""
     batch_size: int = 16
     """Of the models."""
@@ -93,6 +98,87 @@ def images_per_second(name: str, settings: Stages) -> float:
     for _ in range(num_batches):
         predictor.predict(batch)
     return num_batches * settings.batch_size / (time.perf_counter() - begin)
+
+
+def of_model(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) -> tuple[float, float, str]:
+    """Milliseconds for an image of `Predictor`'s forward pass, with what comes before, and of its tail; and its dtype.
+
+    Args:
+        way: of it model, weights and threads.
+        frames: JPEG files of one size.
+        device: where it runs.
+        dtype: as `Predictor` takes it.
+    """
+    beats: list[tuple[float, int]] = []
+
+    def beat(num_images: int) -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        beats.append((time.perf_counter(), num_images))
+
+    predictor = actor.build(way, device, dtype, beat=beat)
+    images = [decode(frame.read_bytes(), MAX_PIXELS) for frame in frames[: eager.BATCH_SIZE]]
+    predictor.predict(images)
+    batch = images[: max(num_images for _, num_images in beats)]  # what one forward pass takes
+    predictor.predict(batch)
+    forward, tail = [], []
+    for _ in range(5):
+        beats.clear()
+        began = time.perf_counter()
+        predictor.predict(batch)
+        ended = time.perf_counter()
+        [(between, _)] = beats
+        forward.append(between - began)
+        tail.append(ended - between)
+    per_image = 1000 / len(batch)
+    return min(forward) * per_image, min(tail) * per_image, actor.dtype_of(predictor)
+
+
+def of_feeding(frames: Sequence[Path], source: str | None = None, sink: str | None = None) -> dict[str, float]:
+    """Milliseconds for an image of the other stages, on one thread; fetch and write as tasks do them, many at a time.
+
+    Args:
+        frames: JPEG files of one size.
+        source: where to fetch such files from. None: they are not.
+        sink: where to write their label maps. None: they are not.
+    """
+    files = [frame.read_bytes() for frame in frames]
+    height, width = decode(files[0], MAX_PIXELS).shape[:2]
+    targets = [target for _, target in scaled(height, width)]
+    stages = {
+        "decode": milliseconds(partial(decode, max_pixels=MAX_PIXELS), files),
+        "encode": milliseconds(partial(encode_png, palette=CLASSES.palette), targets),
+    }
+    if source is not None:
+        entries = next(Source(source).entries())
+        stages["fetch"] = milliseconds(_fetch, [entries]) / entries.num_rows
+    if sink is not None:
+        rows = _labelled(height, width, [encode_png(target, CLASSES.palette) for target in targets])
+        stages["write"] = milliseconds(partial(_write, sink), [rows]) / rows.num_rows
+    return stages
+
+
+def _fetch(entries: pa.Table) -> None:
+    assert not any(table["reason"].drop_null() for table, _ in fetch(entries, done=np.empty(0, "S32")))
+
+
+def _labelled(height: int, width: int, pngs: Sequence[bytes]) -> pa.Table:
+    """As many images as a part has at least."""
+    from segray.sink import LABELLED
+
+    counts = [height * width] + [0] * (len(CLASSES) - 1)
+    rows = [
+        (f"{number:032x}", f"file:///{number}.jpg", "1", height, width, pngs[number % len(pngs)], counts, counts)
+        for number in range(PART_ROWS)
+    ]
+    columns = [*zip(*rows, strict=True), [None] * PART_ROWS, [None] * PART_ROWS]
+    return pa.table([pa.array(column, kind) for column, kind in zip(columns, LABELLED.types, strict=True)], LABELLED)
+
+
+def _write(sink: str, rows: pa.Table) -> None:
+    from segray.sink import Sink
+
+    assert sum(receipt.num_labelled for receipt in Sink(sink, "r0").write(rows, CLASSES, "run")) == rows.num_rows
 
 
 def main() -> None:

@@ -1,156 +1,421 @@
-"""Images per second of three ways to label the same frames with the same model on the same threads.
+"""Images per second of several ways to label the same frames with the same model on the same threads.
 
-    python tests/benchmarks/throughput.py
+    python -m tests.benchmarks.throughput [--model deeplabv3_resnet50] [--num-frames 640]
 
-1. The bare loop: frames decoded beforehand, batched forward passes and argmax, no Ray.
-2. The recipe of Ray's documentation: read_images → map_batches(actor) → write_parquet.
-3. This job, from files to the label store.
+- The bare loops, without Ray, on frames that are decoded: the eager forward pass and argmax in float32; `Predictor`.
+- The peers, in eager float32 as their guides have it: a script with torch's DataLoader (`peer_dataloader.py`), the
+  recipe of Ray's documentation (`peer_ray.py`), a query of Daft (`peer_daft.py`; left out where it is not installed).
+- This job, from files to the label store: on the local disk, and on a real S3 server of the same machine.
 
-The model is torchvision's LR-ASPP MobileNetV3 with random weights in float32; the frames are drawn
-scenes, 480×360 JPEG. A rate is that of the steady state: it counts from the first batch of label
-maps to the last, and what goes before and comes after is shown apart. The bare loop runs before,
-between and after the jobs, and their ratio is to the mean of its neighbours, since other work on
-the machine moves all of them.
+Frames are drawn scenes as JPEG; weights are random. A rate is that of the steady state: it counts from the first batch
+of label maps to the last, and what goes before and comes after, from the start of the interpreter to its end, is shown
+apart. The bare loops run before, between and after the others, and a ratio is to the mean of the two neighbours, since
+other work on the machine moves all of them.
+
+Then come what an image costs in each stage of the job (`stages.py`), and how far the forward pass is from what the
+machine could do (`roofline.py`). Where Ray is not installed, or with --no-ray, the actor's path alone is measured: the
+loops, and from the bytes of JPEG files to label maps. Tables (Markdown, CSV) and a plot go to build/benchmark.
+
+The peers run on CPUs alone. On a GPU the eager loop's convolutions in float32 are of TF32, as torch has it by default.
 """
 
+import contextlib
+import csv
+import dataclasses
+import importlib.util
 import json
-import logging
+import multiprocessing
 import os
-import platform
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import date, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal, TypeVar
 
+import fsspec
 import numpy as np
 import torch
-import torchvision
+import tyro
 from PIL import Image
 
 from segray.classes import Classes
 from segray.demo import scene
+from segray.label import Label
 from segray.model import Checkpoint
+from segray.predict import CPU_ENVIRONMENT
+from tests.benchmarks import actor, eager, roofline, stages
 
-NAME = "lraspp_mobilenet_v3_large"
-BATCH_SIZE = 16
-NUM_FRAMES = 640
-NUM_BARE = 128
-MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+R = TypeVar("R")
+Row = dict[str, str]
+
+ROOT = Path(__file__).parents[2]
+OUT = ROOT / "build/benchmark"
+THREADS = os.cpu_count() or 1
+
+NUM_FRAMES = {
+    ("lraspp_mobilenet_v3_large", "cpu"): (640, 128),
+    ("deeplabv3_resnet50", "cpu"): (160, 32),
+    ("lraspp_mobilenet_v3_large", "cuda"): (4096, 4096),
+    ("deeplabv3_resnet50", "cuda"): (2048, 1024),
+}
+"""By model and device: those that a job labels, and a bare loop."""
+NUM_DRAWN = 640
+NUM_STAGE_FRAMES = 64
+STAGES = ("fetch", "decode", "forward", "tail", "encode", "write")
 
 
-def build_model() -> torch.nn.Module:
-    torch.manual_seed(0)
-    model: torch.nn.Module = torchvision.models.get_model(NAME, weights=None, weights_backbone=None, num_classes=21)
-    return model.eval()
+@dataclass(frozen=True, kw_only=True)
+class Throughput:
+    """Times the ways to label."""
+
+    model: Literal["lraspp_mobilenet_v3_large", "deeplabv3_resnet50"] = "lraspp_mobilenet_v3_large"
+    """Torchvision's name of it."""
+    size: tuple[int, int] = (360, 480)
+    """Height and width of the frames."""
+    num_frames: int | None = None
+    """That each job labels. None: 640, of DeepLabV3 160; on a GPU 4096 and 2048."""
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where the model runs."""
+    ray: bool = importlib.util.find_spec("ray") is not None
+    """Measure the jobs, and not the actor's path alone."""
 
 
-def draw_frames(folder: Path) -> list[Path]:
-    """480×360 JPEG files."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timed:
+    """How fast something was."""
+
+    images_per_second: float
+    """In the steady state."""
+    dtype: str = "float32"
+    """What its forward passes computed in."""
+    around: tuple[float, float] | None = None
+    """Seconds before the first label maps, and after the last."""
+
+
+class Suite:
+    """Times one way after the other, with the bare loops before, between and after."""
+
+    def __init__(self, settings: Throughput, way: eager.Way, frames: Sequence[Path]) -> None:
+        self._device = settings.device
+        self._way = way
+        self._frames = frames
+        self._timed: list[tuple[str, Timed]] = []
+        self._bare: list[tuple[Timed, Timed]] = []
+
+    def run(self, name: str, job: Callable[[], Timed]) -> None:
+        """Times one way."""
+        if not self._bare:
+            self._bare.append(self._loops())
+        self._timed.append((name, job()))
+        say(name, self._timed[-1][1])
+        self._bare.append(self._loops())
+
+    def _loops(self) -> tuple[Timed, Timed]:
+        eager_rate = apart(actor.eager_loop, self._way, self._frames, self._device, "float32")
+        fast_rate, dtype = as_actor(self._device, actor.fast_loop, self._way, self._frames, self._device, Label.dtype)
+        loops = Timed(images_per_second=eager_rate), Timed(images_per_second=fast_rate, dtype=dtype)
+        for name, loop in zip(("eager loop", "fast loop"), loops, strict=True):
+            say(name, loop)
+        return loops
+
+    @property
+    def dtype(self) -> str:
+        """What the fast loop computes in, which is what the job does where nothing is said."""
+        return self._bare[0][1].dtype
+
+    def rows(self) -> list[Row]:
+        """The table of all ways."""
+        rates = np.array([[loop.images_per_second for loop in loops] for loops in self._bare])
+        means = rates.mean(0)
+        rows = [
+            row("bare eager loop", Timed(images_per_second=means[0]), *means),
+            row("bare fast loop", Timed(images_per_second=means[1], dtype=self.dtype), *means),
+        ]
+        for (name, timed), neighbours in zip(self._timed, (rates[:-1] + rates[1:]) / 2, strict=True):
+            rows.append(row(name, timed, *neighbours))
+        return rows
+
+
+def row(way: str, timed: Timed, eager_rate: float, fast_rate: float) -> Row:
+    """Of the table of ways."""
+    before, after = ("", "") if timed.around is None else (f"{seconds:.1f}" for seconds in timed.around)
+    return {
+        "way": way,
+        "dtype": timed.dtype,
+        "images/s": f"{timed.images_per_second:.1f}",
+        "of the eager loop": f"{timed.images_per_second / eager_rate:.2f}",
+        "of the fast loop": f"{timed.images_per_second / fast_rate:.2f}",
+        "seconds before the first": before,
+        "after the last": after,
+    }
+
+
+def say(name: str, timed: Timed) -> None:
+    """Tells that something is measured, on stderr."""
+    print(f"{time.strftime('%H:%M:%S')} {name}: {timed.images_per_second:.1f} images/s", file=sys.stderr, flush=True)
+
+
+def apart(function: Callable[..., R], *arguments: Any) -> R:
+    """Calls it in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def as_actor(device: str, function: Callable[..., R], *arguments: Any) -> R:
+    """Calls it in a process that begins as the job's actors do."""
+    with environment(CPU_ENVIRONMENT if device == "cpu" else {}):
+        return apart(function, *arguments)
+
+
+@contextlib.contextmanager
+def environment(given: dict[str, str]) -> Iterator[None]:
+    """Of the processes that are started meanwhile."""
+    before = dict(os.environ)
+    os.environ |= given
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
+
+
+def draw(folder: Path, num_frames: int, height: int, width: int) -> list[Path]:
+    """JPEG files; not all of them differ where they are many."""
     folder.mkdir()
-    frames = []
-    for seed in range(NUM_FRAMES):
-        frames.append(folder / f"{seed:04d}.jpg")
-        Image.fromarray(scene(seed)[0]).resize((480, 360)).save(frames[-1], quality=92)
+    frames = [folder / f"{seed:04d}.jpg" for seed in range(num_frames)]
+    for seed, frame in enumerate(frames[:NUM_DRAWN]):
+        Image.fromarray(scene(seed)[0]).resize((width, height)).save(frame, quality=92)
+    for number, frame in enumerate(frames[NUM_DRAWN:]):
+        frame.hardlink_to(frames[number % NUM_DRAWN])
     return frames
 
 
-def forward(model: torch.nn.Module, images: np.ndarray) -> np.ndarray:
-    """(batch, height, width, 3) uint8 → (batch, height, width) class ids."""
-    with torch.inference_mode():
-        values = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
-        return np.asarray(model(values)["out"].argmax(1))
+def write_checkpoint(path: Path, name: str) -> None:
+    """Of a model with random weights; the peers read its tensors."""
+    classes = Classes(tuple(f"class {index}" for index in range(eager.NUM_CLASSES)))
+    tensors = eager.bare(name).state_dict()
+    path.write_bytes(Checkpoint(architecture=name, classes=classes, tensors=tensors).to_bytes())
 
 
-def bare_loop(frames: list[Path], threads: int) -> float:
-    """Images per second of the forward loop alone."""
-    torch.set_num_threads(threads)
-    model = build_model()
-    images = [np.asarray(Image.open(frame).convert("RGB")) for frame in frames]
-    forward(model, np.stack(images[:BATCH_SIZE]))
-    started = time.perf_counter()
-    for first in range(0, len(images), BATCH_SIZE):
-        forward(model, np.stack(images[first : first + BATCH_SIZE]))
-    return len(images) / (time.perf_counter() - started)
+def command(*arguments: str) -> tuple[str, float, float]:
+    """Runs it: what it printed, and when it began and ended."""
+    began = time.time()
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{shlex.join(arguments)} failed:\n{done.stderr}")
+    return done.stdout, began, time.time()
 
 
-class Actor:
-    """What Ray's documentation has one write."""
-
-    def __init__(self, threads: int) -> None:
-        torch.set_num_threads(threads)
-        self.model = build_model()
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        label_maps = forward(self.model, batch["image"])
-        now = np.full(len(label_maps), time.time())
-        return {"path": batch["path"], "label_map": label_maps.astype(np.uint8), "at": now}
+def peer(name: str, way: eager.Way) -> Timed:
+    """Runs its script."""
+    with tempfile.TemporaryDirectory() as sink:
+        fields = dataclasses.asdict(dataclasses.replace(way, sink=Path(sink)))
+        options = [word for field, value in fields.items() for word in (f"--{field}", str(value))]
+        told, began, ended = command("-m", f"tests.benchmarks.peer_{name}", *options)
+    at = np.array(json.loads(told))
+    rate = np.sum(at > at[0]) / (at[-1] - at[0])
+    return Timed(images_per_second=rate, around=(at[0] - began, ended - at[-1]))
 
 
-def documented_recipe(folder: Path, sink: Path, threads: int) -> tuple[float, float, float]:
-    """Images per second once it runs, the seconds until then, and those after the last."""
-    import pyarrow.parquet as pq
-    import ray
-
-    started = time.time()
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    (
-        ray.data.read_images(str(folder), mode="RGB", include_paths=True)
-        .map_batches(
-            Actor,
-            fn_constructor_args=[threads],
-            batch_size=BATCH_SIZE,
-            compute=ray.data.ActorPoolStrategy(size=1),
-            num_cpus=max(1, threads - 1),
-        )
-        .write_parquet(str(sink))
-    )
-    finished = time.time()
-    ray.shutdown()
-    at = np.sort(
-        np.concatenate([pq.read_table(part, columns=["at"])["at"].to_numpy() for part in sink.glob("*.parquet")])
-    )
-    return np.sum(at > at[0]) / (at[-1] - at[0]), at[0] - started, finished - at[-1]
-
-
-def this_job(folder: Path, sink: Path, checkpoint: Path) -> tuple[float, float, float]:
-    """Images per second once it runs, the seconds until then, and those after the last."""
-    command = [sys.executable, "jobs/label.py", str(folder), str(sink), "--model", str(checkpoint), "--device", "cpu"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    [run] = (json.loads(path.read_text()) for path in (sink / "runs").iterdir())
-    assert run["counts"]["labelled"] == len(list(folder.iterdir()))
+def this_job(way: eager.Way, source: str, sink: str, device: str, num_frames: int) -> Timed:
+    """Runs it."""
+    options = ("--model", str(way.weights), "--device", device)
+    _, began, ended = command("jobs/label.py", source, sink, *options)
+    run, recipe = _read_json(f"{sink}/runs/*.json"), _read_json(f"{sink}/recipes/*.json")
+    assert run["counts"]["labelled"] == num_frames
     seconds = run["seconds"]
-    return run["images_per_second"], seconds["start"], seconds["total"] - seconds["start"] - seconds["steady"]
+    first = datetime.fromisoformat(run["finished"]).timestamp() - seconds["total"] + seconds["start"]
+    return Timed(
+        images_per_second=run["images_per_second"],
+        dtype=recipe["dtype"],
+        around=(first - began, ended - first - seconds["steady"]),
+    )
+
+
+def _read_json(pattern: str) -> dict[str, Any]:
+    [opened] = fsspec.open_files(pattern, "rb")
+    with opened as file:
+        read: dict[str, Any] = json.load(file)
+    return read
+
+
+@contextlib.contextmanager
+def on_s3(folder: Path, frames: Path) -> Iterator[str]:
+    """The URI of a bucket with the frames in it, on a server that runs meanwhile."""
+    from tests import s3  # which a machine for the actor's path alone need not have
+
+    server = s3.Server(str(folder))
+    try:
+        with environment(server.environment):
+            fsspec.filesystem("s3").put(f"{frames}/", f"{s3.BUCKET}/frames/", recursive=True)
+            yield f"s3://{s3.BUCKET}"
+    finally:
+        server.kill()
+
+
+def of_jobs(settings: Throughput, way: eager.Way, frames: Sequence[Path], root: Path) -> tuple[list[Row], list[Row]]:
+    """The table of ways, and that of the stages that feed the model."""
+    _, num_bare = NUM_FRAMES[settings.model, settings.device]
+    suite = Suite(settings, way, frames[:num_bare])
+    if settings.device == "cpu":
+        suite.run("torch DataLoader", partial(peer, "dataloader", way))
+        suite.run("Ray's documented recipe", partial(peer, "ray", way))
+        if importlib.util.find_spec("daft"):
+            suite.run("Daft", partial(peer, "daft", way))
+        else:
+            print("Daft is not installed, and left out: pip install '.[benchmark]'", file=sys.stderr)
+    job = partial(this_job, way, device=settings.device, num_frames=len(frames))
+    stage_frames = frames[:NUM_STAGE_FRAMES]
+    suite.run("segray, from disk", partial(job, str(way.frames), str(root / "labels")))
+    feeding = feeding_rows("disk", apart(stages.of_feeding, stage_frames, str(way.frames), str(root / "parts")))
+    with on_s3(root / "s3", way.frames) as bucket:
+        suite.run("segray, from S3", partial(job, f"{bucket}/frames", f"{bucket}/labels"))
+        from_s3 = apart(stages.of_feeding, stage_frames, f"{bucket}/frames", f"{bucket}/parts")
+        feeding += feeding_rows("S3", {name: from_s3[name] for name in ("fetch", "write")})
+    return suite.rows(), feeding
+
+
+def of_actor(settings: Throughput, way: eager.Way, frames: Sequence[Path]) -> tuple[list[Row], list[Row]]:
+    """Likewise, of what runs without Ray."""
+    frames = frames[: NUM_FRAMES[settings.model, settings.device][1]]
+    suite = Suite(settings, way, frames)
+
+    def loop(function: Callable[..., tuple[float, str]], dtype: str) -> Timed:
+        rate, computed_in = as_actor(settings.device, function, way, frames, settings.device, dtype)
+        return Timed(images_per_second=rate, dtype=computed_in)
+
+    suite.run("from JPEG bytes", partial(loop, actor.from_jpeg, Label.dtype))
+    if (default := suite.dtype) != "float32":
+        eager_rate = partial(apart, actor.eager_loop, way, frames, settings.device, default)
+        suite.run("eager loop", lambda: Timed(images_per_second=eager_rate(), dtype=default))
+        suite.run("fast loop", partial(loop, actor.fast_loop, "float32"))
+        suite.run("from JPEG bytes", partial(loop, actor.from_jpeg, "float32"))
+    return suite.rows(), feeding_rows("memory", apart(stages.of_feeding, frames[:NUM_STAGE_FRAMES]))
+
+
+def feeding_rows(where: str, milliseconds: dict[str, float]) -> list[Row]:
+    """Of the table of stages; `where` is what is fetched from, and written to."""
+    names = {"fetch": f"fetch, {where}", "write": f"write, {where}"}
+    return [{"stage": names.get(name, name), "ms/image": f"{ms:.2f}"} for name, ms in milliseconds.items()]
+
+
+def of_model(settings: Throughput, way: eager.Way, frames: Sequence[Path]) -> tuple[list[Row], list[Row]]:
+    """Stages of the model, and the roofline: FLOPs and bytes of an image, ceilings, floor and gap of forward passes."""
+    device, (height, width) = settings.device, settings.size
+    convolutions = roofline.convolutions(settings.model, height, width)
+    forward, tail, default = as_actor(device, stages.of_model, way, frames, device, Label.dtype)
+    milliseconds = {f"forward, {default}": forward, "tail": tail}
+    passes = [("eager", "float32", apart(roofline.eager_milliseconds, way, device, height, width))]
+    if default != "float32":
+        plain, _, _ = as_actor(device, stages.of_model, way, frames, device, "float32")
+        passes.append(("fast", "float32", plain))
+    passes.append(("fast", default, forward))
+    ceilings = {dtype: apart(roofline.ceilings, device, way.threads, dtype) for _, dtype, _ in passes}
+    rows = []
+    for name, dtype, ms in passes:
+        ceiling = ceilings[dtype]
+        floor_ms = roofline.floor_milliseconds(convolutions, ceiling, dtype)
+        num_bytes = sum(one.num_values for one in convolutions) * getattr(torch, dtype).itemsize
+        rows.append(
+            {
+                "forward pass": f"{name}, {dtype}",
+                "GFLOP/image": f"{sum(one.num_flops for one in convolutions) / 1e9:.2f}",
+                "MB/image": f"{num_bytes / 1e6:.0f}",
+                "matrix product, GFLOP/s": f"{ceiling.flops_per_second / 1e9:,.0f}",
+                "copy, GB/s": f"{ceiling.bytes_per_second / 1e9:,.1f}",
+                "floor, ms/image": f"{floor_ms:.3g}",
+                "measured, ms/image": f"{ms:.3g}",
+                "gap": f"{ms / floor_ms:.1f}",
+            }
+        )
+    return [{"stage": name, "ms/image": f"{ms:.2f}"} for name, ms in milliseconds.items()], rows
+
+
+def machine(device: str) -> str:
+    """What it is called, and its cores or GPU."""
+    with open("/proc/cpuinfo") as file:
+        names = {line.partition(":")[2].strip() for line in file if line.startswith("model name")}
+    cpu = f"{', '.join(names)}, {THREADS} cores"
+    return f"{torch.cuda.get_device_name()}, {cpu}" if device == "cuda" else cpu
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def write(name: str, origin: Row, tables: dict[str, list[Row]]) -> str:
+    """Writes the tables, all as Markdown and each as CSV; the Markdown."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    told = "; ".join(origin.values())
+    text = "\n".join([*(markdown(rows) for rows in tables.values()), f"({told})\n"])
+    (OUT / f"{name}.md").write_text(text)
+    for table, rows in tables.items():
+        with open(OUT / f"{name}-{table}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0], *origin])
+            writer.writeheader()
+            writer.writerows(row | origin for row in rows)
+    return text
+
+
+def plot(path: Path, title: str, tables: dict[str, list[Row]]) -> None:
+    """Images per second of each way, and milliseconds of each stage."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    panels = [("ways", "images/s", ("way", "dtype")), ("stages", "ms/image", ("stage",))]
+    for axes, (table, unit, names) in zip(figure.subplots(1, 2, width_ratios=(3, 2)), panels, strict=True):
+        rows = tables[table]
+        labels = [", ".join(row[name] for name in names) for row in rows]
+        colours = [
+            "tab:green" if "segray" in label else "tab:gray" if "bare" in label else "tab:blue" for label in labels
+        ]
+        bars = axes.barh(range(len(rows)), [float(row[unit]) for row in rows], color=colours)
+        axes.bar_label(bars, [row[unit] for row in rows], padding=3)
+        axes.set_yticks(range(len(rows)), labels)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set_xlabel(unit)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
-    threads = os.cpu_count() or 1
+    """Times all of it, prints the tables and writes them."""
+    settings = tyro.cli(Throughput)
+    (height, width), (num_default, _) = settings.size, NUM_FRAMES[settings.model, settings.device]
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        frames = draw_frames(root / "frames")
-        checkpoint = root / f"{NAME}.safetensors"
-        names = tuple(f"class {index}" for index in range(21))
-        tensors = build_model().state_dict()
-        checkpoint.write_bytes(Checkpoint(architecture=NAME, classes=Classes(names), tensors=tensors).to_bytes())
-
-        bare = [bare_loop(frames[:NUM_BARE], threads)]
-        recipe, *recipe_around = documented_recipe(root / "frames", root / "recipe", threads)
-        bare.append(bare_loop(frames[:NUM_BARE], threads))
-        job, *job_around = this_job(root / "frames", root / "labels", checkpoint)
-        bare.append(bare_loop(frames[:NUM_BARE], threads))
-
-    print(f"\n{NUM_FRAMES} frames, {threads} threads, torch {torch.__version__}, Python {platform.python_version()}\n")
-    print("| way | images/s | of the bare loop | seconds before the first | after the last |")
-    print("|---|---|---|---|---|")
-    print(f"| bare loop | {np.mean(bare):.1f} | 1.00 | | |")
-    for way, rate, (before, after), neighbours in (
-        ("Ray's documented recipe", recipe, recipe_around, bare[:2]),
-        ("segray", job, job_around, bare[1:]),
-    ):
-        print(f"| {way} | {rate:.1f} | {rate / np.mean(neighbours):.2f} | {before:.1f} | {after:.1f} |")
-    print(f"\nsegray / recipe: {job / recipe:.2f}; bare loops: {', '.join(f'{rate:.1f}' for rate in bare)}")
+        frames = draw(root / "frames", settings.num_frames or num_default, height, width)
+        weights = root / f"{settings.model}.safetensors"
+        write_checkpoint(weights, settings.model)
+        way = eager.Way(frames=root / "frames", sink=root, model=settings.model, weights=weights, threads=THREADS)
+        ways, feeding = of_jobs(settings, way, frames, root) if settings.ray else of_actor(settings, way, frames)
+        model_stages, floors = of_model(settings, way, frames)
+    in_order = sorted(feeding + model_stages, key=lambda row: STAGES.index(row["stage"].partition(",")[0]))
+    tables = {"ways": ways, "stages": in_order, "roofline": floors}
+    origin = {
+        "date": date.today().isoformat(),
+        "model": settings.model,
+        "frames": f"{len(frames)} frames of {width}×{height}",
+        "machine": machine(settings.device),
+        "torch": f"torch {torch.__version__}",
+        "command": shlex.join(["python", "-m", "tests.benchmarks.throughput", *sys.argv[1:]]),
+    }
+    print(write(settings.model, origin, tables))
+    if importlib.util.find_spec("matplotlib"):
+        plot(OUT / f"{settings.model}.png", f"{settings.model}; {origin['machine']}; {origin['date']}", tables)
+    else:
+        print("matplotlib is not installed, so that there is no plot: pip install '.[benchmark]'", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Images per second of training: the step alone, with its batch in memory, and the whole job.
 
-    python tests/benchmarks/training.py [--device cpu] [--num-threads 1] [--dtype float32]
+    python -m tests.benchmarks.training [--device cpu] [--num-threads 1] [--dtype float32]
 
 The model is a U-Net with a ResNet-34, on crops of 256×256 of drawn scenes (480×360, JPEG in tar shards), eight a step.
 The step alone runs before and after the job, and the ratio is to the mean of both, since other work on the machine
