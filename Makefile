@@ -10,9 +10,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 install: $(BIN)/.installed
 
+# pip compiles on one core; files that are no Python of this version, such as templates, are left as they are.
 $(BIN)/.installed: pyproject.toml constraints.txt
 	python3 -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	touch $@
 
 # Labels 96 drawn scenes that the committed checkpoint never saw, and says how right it was.

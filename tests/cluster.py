@@ -103,9 +103,15 @@ class Cluster:
         output, _ = started.communicate(timeout=600)
         return subprocess.CompletedProcess(started.args, started.returncode, output)
 
+    def start_job(self, runtime_env: str, command: Sequence[str], *more: str) -> subprocess.Popen[str]:
+        """Submits what is `submitted`, with more options for the job; the process ends with it."""
+        return self.start(*command[:2], f"--runtime-env={runtime_env}", *command[2:], *more)
+
     def submit(self, runtime_env: str, command: Sequence[str], *more: str) -> subprocess.CompletedProcess[str]:
-        """Submits what is `submitted`, with more options for the job, and waits for its end."""
-        return self.ray(*command[:2], f"--runtime-env={runtime_env}", *command[2:], *more)
+        """Submits likewise, and waits for its end."""
+        job = self.start_job(runtime_env, command, *more)
+        output, _ = job.communicate(timeout=600)
+        return subprocess.CompletedProcess(job.args, job.returncode, output)
 
     def listed(self, what: str, *filters: str) -> list[dict[str, Any]]:
         """What Ray's state API tells."""

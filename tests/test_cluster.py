@@ -26,7 +26,7 @@ from tests.cluster import ROOT, Cluster, cluster, head_options, submitted, wait_
 from tests.label_store import newest_run
 from tests.s3 import Server
 
-NUM_PHOTOS = 800
+NUM_PHOTOS = 600
 NUM_SCENES = 24
 NUM_ON_GPUS = 256
 L4 = {"ray.io/accelerator-type": "L4"}
@@ -68,6 +68,8 @@ class Labelled:
     """The second job's log."""
     metrics: list[str]
     """What the nodes' endpoints gave while it ran, and at last soon after."""
+    afterwards: dict[str, tuple[str, int]]
+    """Of the jobs that were submitted then what they said and how they ended."""
 
 
 def scrape(made: Cluster) -> str:
@@ -98,7 +100,7 @@ def labelled(nodes: Cluster, runtime_env: str) -> Labelled:
     assert told.returncode == 0, told.stdout
     stopped, _ = job.communicate(timeout=120)
     assert job.returncode == 0, "that is no failure"
-    assert "was stopped" in nodes.ray("job", "status", "first").stdout
+    assert "was stopped" in told.stdout
     first = newest_run(sink)
 
     fs, _ = filesystem(sink)
@@ -113,8 +115,12 @@ def labelled(nodes: Cluster, runtime_env: str) -> Labelled:
         time.sleep(2)
     output, _ = job.communicate()
     assert job.returncode == 0, output
-    time.sleep(6)  # by then every node has reported
-    return Labelled(stopped, first, output, [*metrics, scrape(nodes)])
+    fs.copy("segray/drawn/targets", "segray/targets", recursive=True)
+    # Side by side, as each mostly waits.
+    submissions = {name: nodes.start_job(runtime_env, submitted(name)) for name in ("verify", "evaluate")}
+    submissions["refused"] = nodes.start_job(runtime_env, command, "--batch-size", "0")
+    afterwards = {name: (job.communicate(timeout=600)[0], job.returncode) for name, job in submissions.items()}
+    return Labelled(stopped, first, output, [*metrics, scrape(nodes)], afterwards)  # by now every node has reported
 
 
 def test_ray_job_stop_ends_a_run_cleanly_and_lines_of_json_name_the_run(labelled: Labelled) -> None:
@@ -128,34 +134,35 @@ def test_ray_job_stop_ends_a_run_cleanly_and_lines_of_json_name_the_run(labelled
 
 
 def test_the_next_run_goes_on_and_labels_each_image_once_though_a_node_is_killed(
-    nodes: Cluster, runtime_env: str, labelled: Labelled
+    labelled: Labelled,
 ) -> None:
     assert re.search(r"\d+ of \S+ images, ", labelled.output), "no progress in the job's log"
     counts = newest_run("s3://segray/labels")["counts"]
     assert counts["present"] >= labelled.first["counts"]["labelled"]
     assert counts["seen"] == counts["present"] + counts["labelled"] == NUM_PHOTOS + NUM_SCENES
-    verified = nodes.submit(runtime_env, submitted("verify"))
-    assert verified.returncode == 0, verified.stdout
+    verdict, status = labelled.afterwards["verify"]
+    assert status == 0, verdict
 
 
-@pytest.mark.parametrize(
-    "job", ["evaluate", *(pytest.param(job, marks=pytest.mark.slow) for job in ("report", "compact"))]
-)
-def test_what_reads_a_store_is_submitted_as_its_docstring_says(
+def test_what_reads_a_store_is_submitted_as_its_docstring_says(labelled: Labelled) -> None:
+    evaluation, status = labelled.afterwards["evaluate"]
+    assert status == 0, evaluation
+    miou = re.search(r"mIoU (0\.\d+)", evaluation)
+    assert miou, evaluation
+    assert float(miou[1]) > 0.8
+    assert f"on {NUM_SCENES} images" in evaluation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["report", "compact"])
+def test_other_readers_of_a_store_are_submitted_likewise(
     nodes: Cluster, runtime_env: str, labelled: Labelled, job: str
 ) -> None:
-    fs, _ = filesystem("s3://segray")
-    if job == "evaluate":
-        fs.copy("segray/drawn/targets", "segray/targets", recursive=True)
     done = nodes.submit(runtime_env, submitted(job))
     assert done.returncode == 0, done.stdout
     if job == "report":
+        fs, _ = filesystem("s3://segray")
         assert b"<html" in fs.cat_file("segray/report.html")
-    if job == "evaluate":
-        miou = re.search(r"mIoU (0\.\d+)", done.stdout)
-        assert miou, done.stdout
-        assert float(miou[1]) > 0.8
-        assert f"on {NUM_SCENES} images" in done.stdout
 
 
 @pytest.mark.slow
@@ -166,11 +173,11 @@ def test_a_model_is_trained_where_the_cluster_has_a_place_for_it(nodes: Cluster,
     assert fs.info("segray/model/checkpoint.safetensors")["size"] > 2**20
 
 
-def test_a_job_that_is_refused_fails_at_the_command_line_too_and_says_why(nodes: Cluster, runtime_env: str) -> None:
-    done = nodes.submit(runtime_env, submitted("label"), "--batch-size", "0")
-    assert done.returncode == 1
-    assert "--batch-size 0: must be at least 1" in done.stdout
-    assert "exit code 2" in done.stdout
+def test_a_job_that_is_refused_fails_at_the_command_line_too_and_says_why(labelled: Labelled) -> None:
+    printed, status = labelled.afterwards["refused"]
+    assert status == 1
+    assert "--batch-size 0: must be at least 1" in printed
+    assert "exit code 2" in printed
 
 
 def test_without_the_token_nothing_is_submitted(nodes: Cluster) -> None:

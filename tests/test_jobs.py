@@ -6,12 +6,14 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import pyarrow.dataset as pads
 import pytest
@@ -19,9 +21,10 @@ from PIL import Image
 
 from segray.cli import JOBS, main
 from segray.demo import Draw, draw
+from tests.label_store import newest_run
 
 ROOT = Path(__file__).parents[1]
-NUM_PHOTOS = 600
+NUM_PHOTOS, NUM_SCENES = 400, 12
 
 OPTIONS = {
     "label": [
@@ -77,7 +80,7 @@ def run(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scenes")
-    draw(Draw(sink=str(folder), num_scenes=12, first_seed=2_000_000))
+    draw(Draw(sink=str(folder), num_scenes=NUM_SCENES, first_seed=2_000_000))
     return folder
 
 
@@ -161,34 +164,31 @@ def test_what_cannot_start_is_refused_in_one_line_with_status_2(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_demo_in_small_labels_evaluates_and_reports(scenes: Path, tmp_path: Path) -> None:
-    labels = str(tmp_path / "labels")
-    label = ["jobs/label.py", str(scenes / "images"), labels, "--model", "segray/demo.safetensors"]
-    first = run(*label)
-    assert "12" in first.stdout
-    assert "look at it: python jobs/report.py" in first.stdout
-    assert "Traceback" not in first.stderr
-    assert "core_worker" not in first.stderr, "Ray's own noise"
-    segray = str(Path(sys.executable).with_name("segray"))
-    run(segray, "evaluate", labels, str(scenes / "targets"), "--json", str(tmp_path / "evaluation.json"))
-    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
-    assert evaluation["num_images"] == 12
-    assert evaluation["miou"] > 0.85
-    run("jobs/report.py", labels)
-    assert "<html" in (tmp_path / "labels/report.html").read_text()
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """A run that Ctrl-C ended, and the same command again."""
+
+    sink: Path
+    interrupted: subprocess.CompletedProcess[str]
+    num_committed: int
+    """Rows in the sink after the first."""
+    first: dict[str, Any]
+    """The first run's record."""
+    again: subprocess.CompletedProcess[str]
 
 
-def test_ctrl_c_keeps_what_is_committed_and_the_same_command_goes_on(scenes: Path, tmp_path: Path) -> None:
-    photos, labels = tmp_path / "photos", tmp_path / "labels"
-    photos.mkdir()
-    [image, *_] = (scenes / "images").iterdir()
-    with Image.open(image) as scene:
-        scene.resize((96, 72)).save(tmp_path / "small.jpg")
+@pytest.fixture(scope="module")
+def labelled(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Labelled:
+    folder = tmp_path_factory.mktemp("labelled")
+    photos, sink = folder / "photos", folder / "labels"
+    shutil.copytree(scenes / "images", photos)
+    with Image.open(next(photos.iterdir())) as scene:
+        scene.resize((96, 72)).save(folder / "small.jpg")
     for index in range(NUM_PHOTOS):
-        os.link(tmp_path / "small.jpg", photos / f"{index}.jpg")
-    command = [sys.executable, "jobs/label.py", str(photos), str(labels), "--model", "segray/demo.safetensors"]
+        os.link(folder / "small.jpg", photos / f"small-{index}.jpg")
+    command = ["jobs/label.py", str(photos), str(sink), "--model", "segray/demo.safetensors"]
     process = subprocess.Popen(
-        command,
+        [sys.executable, *command],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -198,24 +198,44 @@ def test_ctrl_c_keeps_what_is_committed_and_the_same_command_goes_on(scenes: Pat
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 600
-    while not list(labels.glob("label_maps/*/*.parquet")) and time.monotonic() < deadline:
+    while not list(sink.glob("label_maps/*/*.parquet")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the job and to all that it started
     stdout, stderr = process.communicate(timeout=240)
-    assert process.returncode == 130, stderr
-    assert "run the same command again" in stdout
-    assert "Traceback" not in stderr
-    [record] = (json.loads(path.read_text()) for path in (labels / "runs").iterdir())
-    committed = pads.dataset(labels / "label_maps", format="parquet").count_rows()
-    assert record["status"] == "interrupted"
-    assert 0 < record["counts"]["labelled"] <= committed < NUM_PHOTOS
+    [record] = (json.loads(path.read_text()) for path in (sink / "runs").iterdir())
+    return Labelled(
+        sink=sink,
+        interrupted=subprocess.CompletedProcess(command, process.returncode, stdout, stderr),
+        num_committed=pads.dataset(sink / "label_maps", format="parquet").count_rows(),
+        first=record,
+        again=run(*command),
+    )
 
-    run(*command[1:])
-    counts = max((json.loads(path.read_text()) for path in (labels / "runs").iterdir()), key=lambda r: r["finished"])[
-        "counts"
-    ]
-    assert counts["present"] == committed
-    assert counts["labelled"] == NUM_PHOTOS - committed
-    image_ids = pads.dataset(labels / "label_maps", format="parquet").to_table(["image_id"])["image_id"]
-    assert len(image_ids) == len(image_ids.unique()) == NUM_PHOTOS
+
+def test_ctrl_c_keeps_what_is_committed_and_the_same_command_goes_on(labelled: Labelled) -> None:
+    assert labelled.interrupted.returncode == 130, labelled.interrupted.stderr
+    assert "run the same command again" in labelled.interrupted.stdout
+    assert "Traceback" not in labelled.interrupted.stderr
+    assert labelled.first["status"] == "interrupted"
+    num_images = NUM_PHOTOS + NUM_SCENES
+    assert 0 < labelled.first["counts"]["labelled"] <= labelled.num_committed < num_images
+    counts = newest_run(str(labelled.sink))["counts"]
+    assert counts["present"] == labelled.num_committed
+    assert counts["labelled"] == num_images - labelled.num_committed
+    image_ids = pads.dataset(labelled.sink / "label_maps", format="parquet").to_table(["image_id"])["image_id"]
+    assert len(image_ids) == len(image_ids.unique()) == num_images
+
+
+def test_the_demo_in_small_labels_evaluates_and_reports(labelled: Labelled, scenes: Path, tmp_path: Path) -> None:
+    assert str(newest_run(str(labelled.sink))["counts"]["labelled"]) in labelled.again.stdout
+    assert "look at it: python jobs/report.py" in labelled.again.stdout
+    assert "Traceback" not in labelled.again.stderr
+    assert "core_worker" not in labelled.again.stderr, "Ray's own noise"
+    segray = str(Path(sys.executable).with_name("segray"))
+    run(segray, "evaluate", str(labelled.sink), str(scenes / "targets"), "--json", str(tmp_path / "evaluation.json"))
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    assert evaluation["num_images"] == NUM_SCENES
+    assert evaluation["miou"] > 0.85
+    run("jobs/report.py", str(labelled.sink))
+    assert "<html" in (labelled.sink / "report.html").read_text()

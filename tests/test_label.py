@@ -6,12 +6,13 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import tarfile
 import threading
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable
 from datetime import datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ from tests.graphs import convolutions, described, write
 from tests.label_store import newest_run
 from tests.s3 import Server
 
-NUM_FRAMES = 101
+FORMS = ("loose", "tar", "parquet")
+NUM_FRAMES = 21
+NUM_PHOTOS = 160
 
 
 def jpeg(seed: int, height: int = 48, width: int = 64) -> bytes:
@@ -62,9 +65,9 @@ def name_of(uri: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def frames_on_s3(camvid: Path, s3: Server) -> dict[str, str]:
-    """CamVid's validation frames as loose objects, as tar shards and as Parquet shards."""
-    frames = sorted((camvid / "val").glob("*.png"))
+def frames_on_s3(camvid: Path, s3: Server) -> str:
+    """A fifth of CamVid's validation frames, each as a loose object, in a tar shard and in a Parquet shard."""
+    frames = sorted((camvid / "val").glob("*.png"))[::5]
     root = "s3://segray/camvid"
     fs, _ = fsspec.core.url_to_fs(root, use_listings_cache=False)
     fs.pipe({f"{root}/loose/{index % 3}/{frame.name}": frame.read_bytes() for index, frame in enumerate(frames)})
@@ -78,33 +81,31 @@ def frames_on_s3(camvid: Path, s3: Server) -> dict[str, str]:
         table = pa.table({"name": [f.name for f in some], "image": [f.read_bytes() for f in some]})
         with fs.open(f"{root}/parquet/shard-{shard:06d}.parquet", "wb") as file:
             pq.write_table(table, file, row_group_size=10)
-    return {form: f"{root}/{form}" for form in ("loose", "tar", "parquet")}
+    return root
 
 
-def label_frames(frames: dict[str, str], name: str, resize: int | None, folder: Path, sink_root: str) -> None:
-    checkpoint = folder / f"{name}.safetensors"
+def label_frames(frames: str, name: str, resize: int | None, folder: Path, sink_root: str) -> None:
+    checkpoint, sink, num_images = folder / f"{name}.safetensors", f"{sink_root}/{name}-{resize}", 3 * NUM_FRAMES
     checkpoint.write_bytes(random_checkpoint(name, preprocessing=Preprocessing(resize=resize)).to_bytes())
-    label_maps: dict[str, dict[str, bytes]] = {}
-    for form, source in frames.items():
-        sink = f"{sink_root}/{name}-{resize}-{form}"
-        label(Label(source=source, sink=sink, model=str(checkpoint)))
-        rows = read_store(sink, "label_maps").to_pylist()
-        label_maps[form] = {name_of(row["uri"]): row["label_map"] for row in rows}
-        assert len(rows) == len(label_maps[form]) == NUM_FRAMES
-        for row in rows:
-            with Image.open(io.BytesIO(row["label_map"])) as image:
-                assert image.size == (480, 360)
-                assert (image.mode, row["height"], row["width"]) == ("P", 360, 480)
+    label(Label(source=frames, sink=sink, model=str(checkpoint)))
+    label_maps: defaultdict[str, dict[str, bytes]] = defaultdict(dict)
+    for row in read_store(sink, "label_maps").to_pylist():
+        form = row["uri"].removeprefix(f"{frames}/").partition("/")[0]
+        label_maps[form][name_of(row["uri"])] = row["label_map"]
+        with Image.open(io.BytesIO(row["label_map"])) as image:
+            assert image.size == (480, 360)
+            assert (image.mode, row["height"], row["width"]) == ("P", 360, 480)
+    assert {form: len(of_form) for form, of_form in label_maps.items()} == dict.fromkeys(FORMS, NUM_FRAMES)
 
-        statistics = read_store(sink, "statistics")
-        per_image = statistics.group_by("image_id").aggregate([("num_pixels", "sum"), ("fraction", "sum")])
-        assert per_image.num_rows == NUM_FRAMES
-        assert pc.unique(per_image["num_pixels_sum"]).to_pylist() == [360 * 480]
-        assert np.allclose(per_image["fraction_sum"], 1)
+    statistics = read_store(sink, "statistics")
+    per_image = statistics.group_by("image_id").aggregate([("num_pixels", "sum"), ("fraction", "sum")])
+    assert per_image.num_rows == num_images
+    assert pc.unique(per_image["num_pixels_sum"]).to_pylist() == [360 * 480]
+    assert np.allclose(per_image["fraction_sum"], 1)
 
-        counts = newest_run(sink)["counts"]
-        assert counts == {"seen": NUM_FRAMES, "labelled": NUM_FRAMES, "rejected": 0, "present": 0, "other_files": 0}
-        read_by_duckdb(sink, statistics)
+    counts = newest_run(sink)["counts"]
+    assert counts == {"seen": num_images, "labelled": num_images, "rejected": 0, "present": 0, "other_files": 0}
+    read_by_duckdb(sink, statistics)
     first, *others = label_maps.values()
     assert all(other == first for other in others)
     assert len(set(first.values())) > NUM_FRAMES // 2, "the model says the same of all frames"
@@ -120,14 +121,14 @@ def read_by_duckdb(sink: str, statistics: pa.Table) -> None:
         [(num_images, num_recipes)] = db.sql(
             "select count(distinct image_id), count(distinct recipe) from label_maps"
         ).fetchall()
-        assert (num_images, num_recipes) == (NUM_FRAMES, 1)
+        assert (num_images, num_recipes) == (3 * NUM_FRAMES, 1)
         by_class = db.sql("select class_name, sum(num_pixels) from statistics group by all").fetchall()
     expected = statistics.group_by("class_name").aggregate([("num_pixels", "sum")]).to_pylist()
     assert {name: int(total) for name, total in by_class} == {r["class_name"]: r["num_pixels_sum"] for r in expected}
 
 
 def test_loose_tar_and_parquet_on_s3_give_the_same_label_maps(
-    frames_on_s3: dict[str, str], tmp_path: Path, s3: Server, ray_cluster: None
+    frames_on_s3: str, tmp_path: Path, s3: Server, ray_cluster: None
 ) -> None:
     label_frames(frames_on_s3, "unet_resnet18", 96, tmp_path, "s3://segray/camvid-labels")
 
@@ -136,42 +137,9 @@ def test_loose_tar_and_parquet_on_s3_give_the_same_label_maps(
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("name", ["unet_resnet18", "pspnet_resnet18", "deeplabv3_mobilenet_v3_large", "fcn_resnet50"])
 def test_loose_tar_and_parquet_on_s3_give_the_same_label_maps_at_full_size(
-    name: str, frames_on_s3: dict[str, str], tmp_path: Path, s3: Server, ray_cluster: None
+    name: str, frames_on_s3: str, tmp_path: Path, s3: Server, ray_cluster: None
 ) -> None:
     label_frames(frames_on_s3, name, None, tmp_path, "s3://segray/camvid-labels")
-
-
-class Forbidding(BaseHTTPRequestHandler):
-    """Serves one JPEG under every name but two."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self) -> None:
-        self._answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self._answer(with_body=True)
-
-    def _answer(self, with_body: bool) -> None:
-        status = {"/forbidden.jpg": 403, "/missing.jpg": 404}.get(self.path, 200)
-        body = jpeg(0) if status == 200 else b""
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def web() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Forbidding)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture(scope="session")
@@ -179,14 +147,32 @@ def small_model(checkpoint_file: Callable[[str], Path]) -> str:
     return str(checkpoint_file("lraspp_mobilenet_v3_large"))
 
 
+def write_photos(folder: Path) -> Path:
+    """Ten good photographs of three sizes."""
+    photos = folder / "photos"
+    photos.mkdir()
+    for index in range(10):
+        (photos / f"{index}.jpg").write_bytes(jpeg(index, height=48 + 16 * (index % 3)))
+    return photos
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Ten good photographs of three sizes."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for index in range(10):
-        (folder / f"{index}.jpg").write_bytes(jpeg(index, height=48 + 16 * (index % 3)))
-    return folder
+    return write_photos(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def labelled(small_model: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Label:
+    """A run over ten photographs, whose sink tests copy."""
+    folder = tmp_path_factory.mktemp("labelled")
+    job = Label(source=str(write_photos(folder)), sink=str(folder / "labels"), model=small_model)
+    label(job)
+    return job
+
+
+def copied(job: Label, folder: Path) -> Label:
+    """The job with a sink of its own, which holds the same."""
+    return dataclasses.replace(job, sink=str(shutil.copytree(job.sink, folder / "labels")))
 
 
 def test_every_awful_file_is_a_reject_with_its_reason_and_every_good_one_is_labelled(
@@ -218,22 +204,6 @@ def test_every_awful_file_is_a_reject_with_its_reason_and_every_good_one_is_labe
         "other_files": 1,
     }
     assert sum(reject["num_images"] for reject in run["rejects"]) == len(awful)
-
-
-def test_missing_and_forbidden_images_of_a_manifest_are_rejects(
-    web: str, tmp_path: Path, small_model: str, ray_cluster: None
-) -> None:
-    manifest = tmp_path / "manifest.txt"
-    names = ["good.jpg", "forbidden.jpg", "missing.jpg", "also-good.jpg"]
-    manifest.write_text("".join(f"{web}/{name}\n" for name in names))
-    sink = str(tmp_path / "labels")
-    label(Label(source=str(manifest), sink=sink, model=small_model, max_rejects=0.5))
-    rejects = read_store(sink, "rejects").to_pylist()
-    assert {name_of(r["uri"]): (r["stage"], r["reason"].partition(":")[0]) for r in rejects} == {
-        "forbidden.jpg": ("fetch", "forbidden"),
-        "missing.jpg": ("fetch", "missing"),
-    }
-    assert newest_run(sink)["counts"]["labelled"] == 2
 
 
 @pytest.mark.slow
@@ -282,11 +252,9 @@ def test_members_of_a_shard_that_are_done_are_skipped_and_the_counts_add_up(
     label(job)
     assert newest_run(sink)["counts"] == {"seen": 6, "labelled": 5, "rejected": 1, "present": 0, "other_files": 0}
     pq.write_table(pa.table({"image": good[:2]}), shards / "b.parquet")
-    label(job)
-    assert newest_run(sink)["counts"] == {"seen": 8, "labelled": 2, "rejected": 0, "present": 6, "other_files": 0}
     (shards / "c.tar").write_bytes(b"no archive, however long one looks at it" * 100)
     label(job)
-    assert newest_run(sink)["counts"] == {"seen": 9, "labelled": 0, "rejected": 1, "present": 8, "other_files": 0}
+    assert newest_run(sink)["counts"] == {"seen": 9, "labelled": 2, "rejected": 1, "present": 6, "other_files": 0}
     label(job)
     assert newest_run(sink)["counts"] == {"seen": 9, "labelled": 0, "rejected": 0, "present": 9, "other_files": 0}
 
@@ -323,11 +291,6 @@ def test_a_shard_of_which_all_is_done_is_not_opened(
     label(job)
     again = newest_run(str(sink))["counts"]
     assert again == first | {"labelled": 0, "rejected": 0, "present": first["seen"]}
-
-    for note in (sink / "shards").iterdir():
-        note.write_bytes(b"no Parquet")
-    label(job)
-    assert newest_run(str(sink))["counts"]["present"] == 0, "a note that cannot be read says nothing"
 
 
 @pytest.mark.slow
@@ -371,13 +334,11 @@ def test_models_that_do_not_go_with_the_settings_are_refused(photos: Path, tmp_p
 
 
 def test_a_crf_is_another_recipe_and_the_run_says_what_it_took(
-    photos: Path, tmp_path: Path, small_model: str, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+    labelled: Label, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sink = str(tmp_path / "labels")
-    job = Label(source=str(photos), sink=sink, model=small_model)
-    label(job)
+    job = copied(labelled, tmp_path)
+    sink = job.sink
     assert newest_run(sink)["crf_ms_per_image"] is None
-    assert "CRF" not in capsys.readouterr().out
     refining = dataclasses.replace(job, crf=True)
     label(dataclasses.replace(refining, dry_run=True))
     assert re.search(r"refined by\s+│\s+a CRF ", capsys.readouterr().out)
@@ -411,7 +372,7 @@ def test_a_killed_actor_starts_again_with_its_weights_and_no_image_is_lost(
 ) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
-    for index in range(300):
+    for index in range(NUM_PHOTOS):
         (folder / f"{index}.jpg").write_bytes(jpeg(index, 96, 128))
     killed: list[int] = []
     done = threading.Event()
@@ -433,17 +394,14 @@ def test_a_killed_actor_starts_again_with_its_weights_and_no_image_is_lost(
         killer.join()
     assert killed
     counts = newest_run(str(tmp_path / "labels"))["counts"]
-    assert counts == {"seen": 300, "labelled": 300, "rejected": 0, "present": 0, "other_files": 0}
+    assert counts == {"seen": NUM_PHOTOS, "labelled": NUM_PHOTOS, "rejected": 0, "present": 0, "other_files": 0}
     image_ids = read_store(str(tmp_path / "labels"), "label_maps")["image_id"].to_pylist()
-    assert len(image_ids) == len(set(image_ids)) == 300
+    assert len(image_ids) == len(set(image_ids)) == NUM_PHOTOS
 
 
-def test_statistics_whose_label_maps_never_came_are_removed(
-    photos: Path, tmp_path: Path, small_model: str, ray_cluster: None
-) -> None:
-    sink = tmp_path / "labels"
-    job = Label(source=str(photos), sink=str(sink), model=small_model)
-    label(job)
+def test_statistics_whose_label_maps_never_came_are_removed(labelled: Label, tmp_path: Path) -> None:
+    job = copied(labelled, tmp_path)
+    sink = Path(job.sink)
     [part] = (sink / "label_maps").glob("*/*.parquet")
     [twin] = (sink / "statistics").glob("*/*.parquet")
     orphan = twin.with_name("part-00000000000000000000000000000000.parquet")

@@ -252,10 +252,10 @@ def test_a_scene_is_labelled_as_its_quarters_are(small_model: str, ray_cluster: 
     assert size is not None
     scene = tmp_path / "scenes/whole.tif"
     write(scene, samples(side, side))
-    begin = scenes.write_quarters(tmp_path / "quarters", scene, side, size)
-    for source, sink in ((scene, "labels"), (tmp_path / "quarters", "of-quarters")):
-        label(Label(source=str(source), sink=str(tmp_path / sink), model=small_model, scenes=CUT))
-    assert scenes.num_alike(str(tmp_path / "labels"), str(tmp_path / "of-quarters"), begin, side, size) == 25
+    begin = scenes.write_quarters(tmp_path / "scenes/quarters", scene, side, size)
+    sink = str(tmp_path / "labels")
+    label(Label(source=str(tmp_path / "scenes"), sink=sink, model=small_model, scenes=CUT))
+    assert scenes.num_alike(sink, sink, begin, side, size) == 25
 
 
 def test_no_process_of_a_run_holds_a_scene(small_model: str, tmp_path: Path) -> None:
@@ -437,7 +437,7 @@ def test_a_manifest_of_scenes_on_s3_is_labelled_and_not_opened_again(
     assert rows(job.sink, "rejects") == []
 
 
-@pytest.mark.parametrize("kind", ["a file a band", "an item of a saved search"])
+@pytest.mark.parametrize("kind", [pytest.param("a file a band", marks=pytest.mark.slow), "an item of a saved search"])
 def test_scenes_that_are_no_file_are_verified_shown_and_exported(
     kind: str, small_model: str, ray_cluster: None, tmp_path: Path
 ) -> None:

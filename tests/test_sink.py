@@ -53,6 +53,16 @@ def test_what_is_written_is_done(where: str, tmp_path: Path, request: pytest.Fix
     assert len(Sink(uri, "r2").done()) == 0
 
 
+def test_a_note_of_a_shard_tells_whether_all_is_done_and_a_damaged_one_tells_nothing(tmp_path: Path) -> None:
+    store, ids = Sink(str(tmp_path), "r1"), [image_id(name, "1") for name in "ab"]
+    store.write_shard("0" * 32, ids)
+    done = np.sort(np.array(ids, "S32"))
+    assert store.shards() == {"0" * 32}
+    assert (store.num_done("0" * 32, done), store.num_done("0" * 32, done[:1])) == (2, None)
+    (tmp_path / f"shards/{'0' * 32}.parquet").write_bytes(b"no Parquet")
+    assert store.num_done("0" * 32, done) is None
+
+
 def test_rows_and_receipt_say_what_was_written(tmp_path: Path) -> None:
     table = pa.concat_tables([rows("a", "b"), rows("c", reject="empty: 0 bytes")])
     [receipt] = Sink(str(tmp_path), "r1").write(table, CLASSES, "run")

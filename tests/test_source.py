@@ -1,6 +1,7 @@
 import gzip
 import io
 import os
+import re
 import socket
 import struct
 import tarfile
@@ -485,15 +486,16 @@ class Faulty(BaseHTTPRequestHandler):
     body = b"the bytes of an image"
 
     def do_HEAD(self) -> None:
-        self._answer(len(self.body), b"")
+        fault = dict(parse_qsl(urlsplit(self.path).query))["fault"]
+        self._answer(len(self.body), b"", int(fault) if fault in ("403", "404") else 200)
 
     def do_GET(self) -> None:
         query = dict(parse_qsl(urlsplit(self.path).query))
         self.asked[self.path] += 1
         if self.asked[self.path] > int(query["times"]):
             self._answer(len(self.body), self.body)
-        elif query["fault"] == "503":
-            self._answer(0, b"", 503)
+        elif query["fault"].isdecimal():
+            self._answer(0, b"", int(query["fault"]))
         elif query["fault"] == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
@@ -532,6 +534,17 @@ def asked_for(*uris: str, size_bytes: int | None = None) -> list[dict[str, Any]]
 def test_faults_that_pass_cost_nothing(faulty: str, fault: str) -> None:
     found = asked_for(f"{faulty}/a.jpg?fault={fault}&times=2", f"{faulty}/b.jpg?fault=503&times=0")
     assert [(row["data"], row["reason"]) for row in found] == [(Faulty.body, None)] * 2
+
+
+def test_missing_and_forbidden_images_are_rejects_and_cost_nothing_else(faulty: str, tmp_path: Path) -> None:
+    uris = [f"{faulty}/{name}.jpg?fault={name}&times={times}" for name, times in (("403", 9), ("404", 9), ("503", 0))]
+    table, _ = fetched(str(manifest(tmp_path, "txt", uris)))
+    rows = {re.findall(r"(\d+)\.jpg", row["uri"])[0]: row for row in table.to_pylist()}
+    assert [(rows[name]["stage"], rows[name]["reason"].partition(":")[0]) for name in ("403", "404")] == [
+        ("fetch", "forbidden"),
+        ("fetch", "missing"),
+    ]
+    assert rows["503"]["data"] == Faulty.body
 
 
 @pytest.mark.parametrize("fault", ["503", "reset", "truncated"])

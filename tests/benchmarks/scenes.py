@@ -115,7 +115,7 @@ def num_alike(scene: str, quarters: str, begin: Mapping[str, tuple[int, int]], s
 
     Args:
         scene: the label store of the scene.
-        quarters: that of its quarters.
+        quarters: that of its quarters; the two may be one.
         begin: as `write_quarters` gives it.
         side: of the scene, in pixels.
         size: of windows.
@@ -124,9 +124,15 @@ def num_alike(scene: str, quarters: str, begin: Mapping[str, tuple[int, int]], s
         How many there are.
     """
     middle = middle_of(side, size)
-    of_scene = {(row["col_off"], row["row_off"]): row["label_map"] for row in label_maps(scene)}
+    of_scene = {
+        (row["col_off"], row["row_off"]): row["label_map"]
+        for row in label_maps(scene)
+        if Path(row["scene"]).name not in begin
+    }
     num_windows = len(of_scene)
     for row in label_maps(quarters):
+        if Path(row["scene"]).name not in begin:
+            continue
         left, top = begin[Path(row["scene"]).name]
         place = left + row["col_off"], top + row["row_off"]
         is_own = (place[0] < middle) == (left == 0) and (place[1] < middle) == (top == 0)
