@@ -14,6 +14,9 @@ The modules, in the order in which data meets them:
     architecture  models by name
     onnxgraph   ONNX files → what describes them, and a module
     model       name or checkpoint → module, Classes, preprocessing
+    forward     a module's forward pass, fast, and held to float32
+    tail        coarse logits → classes and confidence, at full size
+    kernel      the tail on a GPU
     predict     Predictor, the actor class
     crf         probabilities drawn to the edges of an image
     stitch      weight, accumulate, divide

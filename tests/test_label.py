@@ -333,7 +333,7 @@ def test_models_that_do_not_go_with_the_settings_are_refused(photos: Path, tmp_p
     assert not (tmp_path / "labels").exists()
 
 
-def test_a_crf_is_another_recipe_and_the_run_says_what_it_took(
+def test_a_crf_is_another_recipe_and_the_run_says_what_it_took_and_in_which_precision(
     labelled: Label, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = copied(labelled, tmp_path)
@@ -345,7 +345,12 @@ def test_a_crf_is_another_recipe_and_the_run_says_what_it_took(
     label(refining)
     run = newest_run(sink)
     assert 0 < run["crf_ms_per_image"] < 60_000
-    assert f"the CRF took {run['crf_ms_per_image']:,.1f} ms an image" in capsys.readouterr().out
+    [models] = run["models"]
+    assert models["num_models"] == run["placement"]["min_actors"]
+    assert 0.99 <= models["agreement"] <= 1
+    told = capsys.readouterr().out
+    assert f"the CRF took {run['crf_ms_per_image']:,.1f} ms an image" in told
+    assert f"computed in {models['dtype']}: {models['agreement']:.2%} of the first batch's pixels as in float32" in told
     assert run["counts"] == {"seen": 10, "labelled": 10, "rejected": 0, "present": 0, "other_files": 0}
 
     recipes = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "labels/recipes").iterdir()}

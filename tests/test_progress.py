@@ -56,6 +56,22 @@ def test_after_the_deadline_nothing_more_is_read() -> None:
     assert ledger.snapshot().is_bounded
 
 
+def test_models_are_told_of_by_what_they_compute_in_with_the_lowest_agreement() -> None:
+    ledger = Ledger("run")
+    assert ledger.choices() == []
+    for dtype, agreement, refused in (
+        ("bfloat16", 0.999, None),
+        ("float32", 1.0, 0.97),
+        ("bfloat16", 0.995, None),
+        ("float32", 0.9999, 0.98),
+    ):
+        ledger.chosen({"dtype": dtype, "agreement": agreement, "refused": refused})
+    assert ledger.choices() == [
+        {"dtype": "bfloat16", "num_models": 2, "agreement": 0.995, "refused": None},
+        {"dtype": "float32", "num_models": 2, "agreement": 0.9999, "refused": 0.97},
+    ]
+
+
 def test_what_is_begun_and_not_read_to_its_end_is_named() -> None:
     ledger = Ledger("run")
     for key in "cab":
