@@ -345,8 +345,8 @@ def test_a_crf_is_another_recipe_and_the_run_says_what_it_took_and_in_which_prec
     label(refining)
     run = newest_run(sink)
     assert 0 < run["crf_ms_per_image"] < 60_000
-    [models] = run["models"]
-    assert models["num_models"] == run["placement"]["min_actors"]
+    models = run["models"][0]
+    assert 1 <= models["num_models"] <= run["placement"]["max_actors"]
     assert 0.99 <= models["agreement"] <= 1
     told = capsys.readouterr().out
     assert f"the CRF took {run['crf_ms_per_image']:,.1f} ms an image" in told

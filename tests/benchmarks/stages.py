@@ -25,8 +25,8 @@ from segray import model
 from segray.classes import Classes
 from segray.decode import MAX_PIXELS, decode
 from segray.demo import CLASSES, scene
-from segray.labelmap import encode_png
 from segray.forward import DType
+from segray.labelmap import encode_png
 from segray.predict import Predictor
 from segray.source import Source, fetch
 from tests.benchmarks import actor, eager
