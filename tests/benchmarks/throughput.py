@@ -61,7 +61,7 @@ THREADS = os.cpu_count() or 1
 
 NUM_FRAMES = {
     ("lraspp_mobilenet_v3_large", "cpu"): (640, 128),
-    ("deeplabv3_resnet50", "cpu"): (160, 32),
+    ("deeplabv3_resnet50", "cpu"): (96, 16),
     ("lraspp_mobilenet_v3_large", "cuda"): (4096, 4096),
     ("deeplabv3_resnet50", "cuda"): (2048, 1024),
 }
@@ -80,7 +80,7 @@ class Throughput:
     size: tuple[int, int] = (360, 480)
     """Height and width of the frames."""
     num_frames: int | None = None
-    """That each job labels. None: 640, of DeepLabV3 160; on a GPU 4096 and 2048."""
+    """That each job labels. None: 640, of DeepLabV3 96; on a GPU 4096 and 2048."""
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     """Where the model runs."""
     ray: bool = importlib.util.find_spec("ray") is not None
