@@ -91,15 +91,16 @@ def test_a_batch_norm_that_cannot_be_folded_stays(kind: type[nn.Module]) -> None
 
 
 class Close(nn.Module):
-    """Two classes whose logits differ by less than bfloat16 holds, but in the share of rows that are zero."""
+    """Two classes whose logits differ by less than bfloat16 holds, but where pixels are zero."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.convolution = nn.Conv2d(3, 2, 1, bias=False)
-        self.convolution.weight.data = torch.tensor([1.0, 1.001]).view(2, 1, 1, 1).expand(2, 3, 1, 1).clone()
+        self.first, self.second = nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 2, 1, bias=False)
+        self.first.weight.data = torch.eye(3).view(3, 3, 1, 1)
+        self.second.weight.data = torch.tensor([1.0, 1.001]).view(2, 1, 1, 1).expand(2, 3, 1, 1).clone()
 
     def forward(self, images: Tensor) -> Tensor:
-        result: Tensor = self.convolution(images)
+        result: Tensor = self.second(self.first(images))
         return result
 
 
@@ -136,7 +137,7 @@ def test_a_dtype_that_was_asked_for_is_taken_however_it_agrees() -> None:
 @pytest.mark.usefixtures("has_bfloat16")
 def test_float32_is_what_the_module_gives_where_folding_itself_disagrees(monkeypatch: pytest.MonkeyPatch) -> None:
     module = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval()
-    wrong = nn.Conv2d(3, 3, 1)
+    wrong = nn.Sequential(nn.Conv2d(3, 3, 1))
     monkeypatch.setattr(forward, "_folded", lambda module, example: wrong)
     expected = module(EXAMPLE)
     made, choices = of(module, "auto")
@@ -145,6 +146,16 @@ def test_float32_is_what_the_module_gives_where_folding_itself_disagrees(monkeyp
     assert choice.dtype == "float32"
     assert choice.agreement == 1
     assert choice.refused is not None
+
+
+@torch.inference_mode()
+def test_the_first_layer_stays_in_float32() -> None:
+    layer = nn.Conv2d(3, 2, 1, bias=False)
+    layer.weight.data = torch.tensor([0.9, 1.003]).view(2, 1, 1, 1).expand(2, 3, 1, 1).clone()
+    made, _ = of(nn.Sequential(layer), "bfloat16")
+    given = made(torch.full((1, 3, 8, 8), 1.003))
+    assert (given[0, 1] == torch.tensor(1.003 * 3 * 1.003).bfloat16()).all()
+    assert torch.tensor(1.003 * 3 * 1.003).bfloat16() != 3
 
 
 class Exhausted(Close):

@@ -355,10 +355,10 @@ def test_a_crf_is_another_recipe_and_the_run_says_what_it_took_and_in_which_prec
 
     recipes = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "labels/recipes").iterdir()}
     decisive = {
-        "labelling": 1,
+        "labelling": 2,
         "model": recipes[run["recipe"]]["model"]["digest"],
         "tiling": {"size": 1024, "overlap": 128, "blend": "cosine"},
-        "dtype": "float32",
+        "dtype": "auto",
     }
     plain = f"r{hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:15]}"
     assert recipes.keys() == {plain, run["recipe"]}, "the id of a recipe without a CRF must stay what it was"

@@ -81,7 +81,7 @@ def build(way: eager.Way, device: str, dtype: str, **more: Any) -> Predictor:
 
 def dtype_of(predictor: Predictor) -> str:
     """What its forward pass computes in."""
-    return str(predictor._dtype).removeprefix("torch.")
+    return str(predictor._forward._dtype).removeprefix("torch.")
 
 
 def _split(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -46,7 +46,7 @@ class Stages:
 
     device: Literal["cpu", "cuda"] = "cpu"
     """Of the models."""
-    dtype: DType = "float32"
+    dtype: DType = "auto"
     """Of the models."""
     batch_size: int = 16
     """Of the models."""

@@ -228,13 +228,13 @@ def this_job(way: eager.Way, source: str, sink: str, device: str, num_frames: in
     """Runs it."""
     options = ("--model", str(way.weights), "--device", device)
     _, began, ended = command("jobs/label.py", source, sink, *options)
-    run, recipe = _read_json(f"{sink}/runs/*.json"), _read_json(f"{sink}/recipes/*.json")
+    run = _read_json(f"{sink}/runs/*.json")
     assert run["counts"]["labelled"] == num_frames
     seconds = run["seconds"]
     first = datetime.fromisoformat(run["finished"]).timestamp() - seconds["total"] + seconds["start"]
     return Timed(
         images_per_second=run["images_per_second"],
-        dtype=recipe["dtype"],
+        dtype=run["models"][0]["dtype"],
         around=(first - began, ended - first - seconds["steady"]),
     )
 
