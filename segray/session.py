@@ -1,5 +1,6 @@
 """A Ray cluster to run on, with Ray's own voice turned down."""
 
+import functools
 import logging
 import os
 import signal
@@ -42,6 +43,7 @@ def session() -> Iterator[ModuleType]:
             {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": False}
         )
         on_sigterm = signal.getsignal(signal.SIGTERM)
+        _take_any_port()
         try:
             with _muted_stderr():
                 ray.init(logging_level=logging.ERROR, log_to_driver=False, **local)
@@ -83,6 +85,14 @@ def root_cause(error: BaseException) -> str:
         error = cause
     text = str(error) if isinstance(error, SegrayError) else f"{type(error).__name__}: {error}"
     return text.strip().splitlines()[0][:500]
+
+
+def _take_any_port() -> None:
+    """Has Ray take a free port for its agent, where it would wait six seconds for the one that another cluster has."""
+    from ray._private.parameter import RayParams
+
+    parameters: Any = RayParams  # `ray.init` itself does not take it
+    parameters.__init__ = functools.partialmethod(parameters.__init__, dashboard_agent_listen_port=0)
 
 
 @contextmanager
