@@ -215,9 +215,11 @@ def label(job: Label) -> None:
         _print_prospect(entries, area, *_load(job, area))
         return
 
+    import ray  # first, as each import waits for the other
+
     # Ray takes as long to start as torch to import.
     loading = ThreadPoolExecutor(1).submit(_load, job, area)
-    with contextlib.ExitStack() as lock, session() as ray:
+    with contextlib.ExitStack() as lock, session():
         placement = _placed(job, ray)
         job, checkpoint, recipe, sink = loading.result()
         lost = functools.partial(run.end, "the sink's lock was lost to another run, or could not be renewed")

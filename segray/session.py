@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 from segray.errors import Refused, SegrayError
 
@@ -29,8 +30,6 @@ def session() -> Iterator[ModuleType]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # native code would write on the terminal
-    # There is no dashboard here, and yet Ray would wait two seconds for the process that is without it.
-    os.environ.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "0")
     # Ray ends idle workers after a second, and to start others takes longer than what they do.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     import ray
@@ -43,9 +42,8 @@ def session() -> Iterator[ModuleType]:
             {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": False}
         )
         on_sigterm = signal.getsignal(signal.SIGTERM)
-        _take_any_port()
         try:
-            with _muted_stderr():
+            with _muted_stderr(), _only_what_is_needed():
                 ray.init(logging_level=logging.ERROR, log_to_driver=False, **local)
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = os.environ.get("RAY_ADDRESS")
@@ -87,12 +85,19 @@ def root_cause(error: BaseException) -> str:
     return text.strip().splitlines()[0][:500]
 
 
-def _take_any_port() -> None:
-    """Has Ray take a free port for its agent, where it would wait six seconds for the one that another cluster has."""
+@contextmanager
+def _only_what_is_needed() -> Iterator[None]:
+    """Has `ray.init`, which takes none of this, start here no more than a job on one machine needs."""
+    from ray._private.node import Node
     from ray._private.parameter import RayParams
 
-    parameters: Any = RayParams  # `ray.init` itself does not take it
-    parameters.__init__ = functools.partialmethod(parameters.__init__, dashboard_agent_listen_port=0)
+    # Where another cluster has the port that agents ask for, they wait six seconds for it.
+    leaner = functools.partialmethod(
+        RayParams.__init__, dashboard_agent_listen_port=0, no_monitor=True, include_log_monitor=False
+    )
+    without_dashboard = patch.object(Node, "start_api_server", lambda *_, **__: None)
+    with patch.object(RayParams, "__init__", leaner), without_dashboard:
+        yield
 
 
 @contextmanager
