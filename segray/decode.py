@@ -4,6 +4,7 @@ import io
 import warnings
 
 import numpy as np
+import simplejpeg
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
@@ -65,8 +66,12 @@ def decode(data: bytes | memoryview, max_pixels: int) -> UInt8[np.ndarray, "heig
             num_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             if num_frames > 1:
                 raise Reject("decode", "animated", f"a {image.format} of {num_frames} frames; give single images")
-            image.load()
-            return _to_rgb(_upright(image))
+            pixels = _jpeg(data, image)
+            if pixels is None:
+                image.load()
+                return _to_rgb(_upright(image, _orientation(image)))
+            orientation = _orientation(image)
+            return np.asarray(_upright(Image.fromarray(pixels), orientation)) if orientation in _UPRIGHT else pixels
         except Reject:
             raise
         except Exception as error:  # as above: OSError, SyntaxError, struct.error, zlib.error, …
@@ -92,11 +97,29 @@ def _damaged(data: bytes | memoryview, error: Exception) -> Reject:
     return Reject("decode", kind, f"{type(error).__name__}: {error}")
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _jpeg(data: bytes | memoryview, image: Image.Image) -> UInt8[np.ndarray, "height width 3"] | None:
+    """The pixels of a JPEG without a flaw, those that Pillow gives, in fewer copies; None of others."""
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+        return None
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        # A damaged one may tell its size twice.
+        if simplejpeg.decode_jpeg_header(data)[:2] != (image.height, image.width):
+            return None
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB")
+        return pixels
+    except ValueError:  # what is wrong with it, and whether it can be decoded after all, Pillow says
+        return None
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        orientation: int | None = image.getexif().get(ExifTags.Base.Orientation)
+        return orientation
     except Exception:  # EXIF that cannot be read says nothing of orientation; the pixels are there
-        return image
+        return None
+
+
+def _upright(image: Image.Image, orientation: int | None) -> Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from datetime import time as clock
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -215,27 +216,27 @@ def label(job: Label) -> None:
         _print_prospect(entries, area, *_load(job, area))
         return
 
+    import ray  # first, as each import waits for the other
+
     # Ray takes as long to start as torch to import.
     loading = ThreadPoolExecutor(1).submit(_load, job, area)
-    with contextlib.ExitStack() as lock, session() as ray:
+    with contextlib.ExitStack() as lock, session():
         placement = _placed(job, ray)
-        job, checkpoint, recipe = loading.result()
-
-        from segray.sink import PartSink, Sink
-
-        sink = Sink(job.sink, recipe["recipe"])
+        job, checkpoint, recipe, sink = loading.result()
         lost = functools.partial(run.end, "the sink's lock was lost to another run, or could not be renewed")
         lock.enter_context(hold(sink.filesystem, sink.root, run.run_id, wait_seconds=job.wait, say=note, lost=lost))
         parts = sink.parts()  # before what is done: what a dying run commits in between is then seen at the end
         done = sink.done(with_rejects=not job.retry_rejects)
         pages = _pages(job, entries, area, sink, done, checkpoint, recipe["recipe"])
-        index = _index(pages, source, _per_block(job))
+        index = _index(pages, source, _per_block(job), job.batch_size)
         sink.start(recipe)
         ledger = _start_ledger(ray, run.run_id, job.max_images, run.deadline)
         metrics.add_images("present", run.run_id, index.num_present)
         failure: str | None = None
         try:
             if index.blocks and not run.ended:
+                from segray.sink import PartSink
+
                 labelled = _chain(job, area, checkpoint, placement, index.blocks, done, ledger, sink.write_shard)
                 with run.in_pipeline(), _watched(run, index, placement, ledger):
                     labelled.write_datasink(
@@ -324,20 +325,23 @@ def _source(job: Label, area: Any) -> tuple[Any, Iterator[pa.Table]]:
     return source, itertools.chain([first], entries)
 
 
-def _load(job: Label, area: Any) -> tuple[Label, Any, dict[str, Any]]:
-    """The job as the model needs it, the model, and the recipe.
+def _load(job: Label, area: Any) -> tuple[Label, Any, dict[str, Any], Any]:
+    """The job as the model needs it, the model, the recipe, and its sink.
 
     Raises:
         ModelError: the model cannot be had.
         SettingsError: it does not go with what the settings say.
+        SinkError: there is no such kind of store.
     """
     from segray import model
+    from segray.sink import Sink
 
     checkpoint = model.load(job.model, job.weights, job.classes)
     for notice in model.notices(checkpoint):
         note(notice)
     job = _fitted(job, checkpoint)
-    return job, checkpoint, _recipe(job, checkpoint, area)
+    recipe = _recipe(job, checkpoint, area)
+    return job, checkpoint, recipe, Sink(job.sink, recipe["recipe"])
 
 
 def _fitted(job: Label, checkpoint: Any) -> Label:
@@ -900,7 +904,7 @@ def _noun(job: Label) -> str:
     return "images" if job.scenes.size is None else "windows"
 
 
-def _index(pages: Iterator[_Page], source: Any, per_block: tuple[int, int]) -> _Index:
+def _index(pages: Iterator[_Page], source: Any, per_block: tuple[int, int], first: int) -> _Index:
     blocks: list[pa.Table] = []
     num_loose = num_shards = num_present = 0
     is_unversioned = False
@@ -908,7 +912,10 @@ def _index(pages: Iterator[_Page], source: Any, per_block: tuple[int, int]) -> _
         num_loose += page.loose.num_rows
         # Few at first, that all may begin; then more, that millions of images are some thousand blocks.
         size = max(per_block[0], min(per_block[1], num_loose // _NUM_SMALL_BLOCKS))
-        blocks += [page.loose.slice(row, size) for row in range(0, page.loose.num_rows, size)]
+        # The very first is one batch, of which label maps are there soon.
+        num_rows = page.loose.num_rows
+        begins = range(0, num_rows, size) if blocks else [*range(min(num_rows, 1)), *range(first, num_rows, size)]
+        blocks += [page.loose.slice(begin, end - begin) for begin, end in pairwise([*begins, num_rows])]
         blocks += [page.shards.slice(row, 1) for row in range(page.shards.num_rows)]
         num_shards += page.shards.num_rows
         num_present += page.num_present
@@ -1036,15 +1043,13 @@ def _recipe(job: Label, checkpoint: Any, area: Any) -> dict[str, Any]:
 
 
 def _print_prospect(
-    entries: Iterator[pa.Table], area: Any, job: Label, checkpoint: Any, document: Mapping[str, Any]
+    entries: Iterator[pa.Table], area: Any, job: Label, checkpoint: Any, document: Mapping[str, Any], sink: Any
 ) -> None:
     """What a run would do, how long it would take and what it would cost."""
-    from segray.sink import Sink
     from segray.source import num_members
     from segray.store import LabelStore
 
     recipe = document["recipe"]
-    sink = Sink(job.sink, recipe)
 
     records, others = [], []
     with contextlib.suppress(SinkError):  # there is no store yet

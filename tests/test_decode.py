@@ -75,6 +75,27 @@ def test_lossless_formats_give_the_pixels_back_at_any_size(height: int, width: i
     np.testing.assert_array_equal(pixels, np.asarray(image))
 
 
+@given(
+    sizes,
+    sizes,
+    st.sampled_from(["RGB", "L"]),
+    st.sampled_from(["4:4:4", "4:2:2", "4:2:0"]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(20, 100),
+)
+@settings(deadline=None, max_examples=60)
+def test_jpeg_has_the_very_pixels_that_pillow_gives(
+    height: int, width: int, mode: str, subsampling: str, progressive: bool, keep_rgb: bool, quality: int
+) -> None:
+    image = noise(height, width).resize((3 * width, 2 * height), Image.Resampling.BICUBIC).convert(mode)
+    keeps = {"keep_rgb": True} if keep_rgb and mode == "RGB" else {"subsampling": subsampling}
+    data = encoded(image, "JPEG", progressive=progressive, quality=quality, **keeps)
+    pixels = decode(memoryview(data), MAX_PIXELS)
+    assert_is_image(pixels, 2 * height, 3 * width)
+    np.testing.assert_array_equal(pixels, rgb(Image.open(io.BytesIO(data))))
+
+
 @given(sizes, sizes, st.booleans(), st.sampled_from(["RGB", "L"]))
 @example(1, 1, True, "RGB")
 @settings(deadline=None, max_examples=30)

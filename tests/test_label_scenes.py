@@ -294,8 +294,9 @@ def test_a_scene_of_many_windows_is_in_few_blocks_from_the_first_on(monkeypatch:
         is_unversioned=False,
     )
     monkeypatch.setattr("segray.label._NUM_SMALL_BLOCKS", 10)
-    index = _index(iter([page, page]), Source("."), (4, 10))
-    assert [block.num_rows for block in index.blocks] == [7] * 10 + [10] * 7
+    nothing = dataclasses.replace(page, loose=page.loose.slice(0, 0))
+    index = _index(iter([nothing, page, page]), Source("."), (4, 10), 3)
+    assert [block.num_rows for block in index.blocks] == [3, *[7] * 9, 4, *[10] * 7]
 
 
 def test_tasks_decode_a_scene_in_tiles_fewer_than_three_times() -> None:
