@@ -1,6 +1,5 @@
 """A Ray cluster to run on, with Ray's own voice turned down."""
 
-import functools
 import logging
 import os
 import signal
@@ -10,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
 from segray.errors import Refused, SegrayError
 
@@ -32,6 +30,8 @@ def session() -> Iterator[ModuleType]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # native code would write on the terminal
     # Ray ends idle workers after a second, and to start others takes longer than what they do.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
+    # There is no dashboard here, and yet Ray would wait two seconds for the process that is without it.
+    os.environ.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "0")
     import ray
     import ray.data
 
@@ -43,7 +43,7 @@ def session() -> Iterator[ModuleType]:
         )
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
-            with _muted_stderr(), _only_what_is_needed():
+            with _muted_stderr():
                 ray.init(logging_level=logging.ERROR, log_to_driver=False, **local)
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = os.environ.get("RAY_ADDRESS")
@@ -83,21 +83,6 @@ def root_cause(error: BaseException) -> str:
         error = cause
     text = str(error) if isinstance(error, SegrayError) else f"{type(error).__name__}: {error}"
     return text.strip().splitlines()[0][:500]
-
-
-@contextmanager
-def _only_what_is_needed() -> Iterator[None]:
-    """Has `ray.init`, which takes none of this, start here no more than a job on one machine needs."""
-    from ray._private.node import Node
-    from ray._private.parameter import RayParams
-
-    # Where another cluster has the port that agents ask for, they wait six seconds for it.
-    leaner = functools.partialmethod(
-        RayParams.__init__, dashboard_agent_listen_port=0, no_monitor=True, include_log_monitor=False
-    )
-    without_dashboard = patch.object(Node, "start_api_server", lambda *_, **__: None)
-    with patch.object(RayParams, "__init__", leaner), without_dashboard:
-        yield
 
 
 @contextmanager
