@@ -48,6 +48,7 @@ _WINDOWS_PER_BLOCK = 16, 64  # likewise; neighbours, which one task reads, decod
 _NUM_SMALL_BLOCKS = 1000
 _NUM_SAMPLE_BLOCKS = 4  # at least, that time passes between images
 _PIXEL_BYTES = 64 * 2**20
+_BLOCK_BYTES = 64 * 2**20  # at most; Ray's own, twice as many, would fill a small object store before it can tell
 _TASK_CPUS = 0.25  # beside a model that computes on all cores, the other stages mostly wait
 _THREADS = 4
 _LEDGER_SECONDS = 30
@@ -193,6 +194,8 @@ class Placement:
     """What the labels of a node must be that runs such a task, in Ray's syntax."""
     max_cpus: float | None
     """CPUs that all tasks together may reserve; None: those of the cluster, as it grows."""
+    block_bytes: int
+    """What a task hands on together, so that what tasks hold out, unasked, fits a quarter of the object stores."""
 
 
 def label(job: Label) -> None:
@@ -411,8 +414,9 @@ def _chain(
     from segray.crf import Crf
     from segray.predict import CPU_ENVIRONMENT
 
-    limits = ExecutionResources.for_limits(cpu=placement.max_cpus)
-    ray.data.DataContext.get_current().execution_options.resource_limits = limits
+    context = ray.data.DataContext.get_current()
+    context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=placement.max_cpus)
+    context.target_max_block_size = placement.block_bytes
     done_ref, checkpoint_ref = ray.put(done), ray.put(checkpoint.to_bytes())
     where = {"num_cpus": placement.task_cpus, "label_selector": placement.task_labels}
     task: dict[str, Any] = {"batch_format": "pyarrow", **where}
@@ -584,6 +588,9 @@ def place(job: Label, nodes: Sequence[Mapping[str, Any]]) -> Placement:
             f"which hold {fitting} models; lower --actors or --threads, take another --device, "
             "or, where nodes are still to come, a range such as --actors 1:8"
         )
+    # Each task holds two blocks out; two wait for each model, and what it made of two others is about to be fetched.
+    num_blocks = 2 * left / task_cpus + 4 * least
+    store_bytes = sum(r["object_store_memory"] for r in resources)
     return Placement(
         device=device,
         min_actors=least,
@@ -594,6 +601,7 @@ def place(job: Label, nodes: Sequence[Mapping[str, Any]]) -> Placement:
         task_cpus=task_cpus,
         task_labels=task_labels,
         max_cpus=max_cpus,
+        block_bytes=min(_BLOCK_BYTES, int(store_bytes / 4 / num_blocks)),
     )
 
 

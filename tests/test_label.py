@@ -45,6 +45,7 @@ from tests.s3 import Server
 FORMS = ("loose", "tar", "parquet")
 NUM_FRAMES = 21
 NUM_PHOTOS = 160
+STORE_BYTES = 2.0**30
 
 
 def jpeg(seed: int, height: int = 48, width: int = 64) -> bytes:
@@ -575,6 +576,9 @@ def test_models_leave_room_for_the_other_stages(
     assert placement.max_actors == placement.min_actors
     left = sum(node["CPU"] for node in nodes) - placement.min_actors * placement.actor_cpus
     assert 0 < 4 * placement.task_cpus <= left
+    num_tasks = (placement.max_cpus or left) / placement.task_cpus
+    num_blocks = STORE_BYTES * len(nodes) / 4 / placement.block_bytes
+    assert 2 * num_tasks + 4 * placement.min_actors <= num_blocks, "more than a quarter of the object stores"
 
 
 @pytest.mark.parametrize(
@@ -597,13 +601,10 @@ def test_what_does_not_fit_the_cluster_is_refused_with_the_numbers(
 
 def alive(nodes: list[dict[str, float]]) -> list[dict[str, Any]]:
     dead = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
-    return [
-        dead,
-        *(
-            {"Alive": True, "NodeID": f"{number:x}", "Labels": {}, "Resources": {k: v for k, v in node.items() if v}}
-            for number, node in enumerate(nodes, 10)
-        ),
-    ]
+    store = {"object_store_memory": STORE_BYTES}
+    there = [{name: amount for name, amount in node.items() if amount} | store for node in nodes]
+    told = ({"NodeID": f"{number:x}", "Labels": {}, "Resources": node} for number, node in enumerate(there, 10))
+    return [dead, *({"Alive": True, **node} for node in told)]
 
 
 def test_with_workers_without_gpus_the_other_stages_keep_away_from_gpus_there_and_to_come() -> None:

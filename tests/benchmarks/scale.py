@@ -5,15 +5,19 @@
 Several nodes on this machine pretend to have GPUs; on each sits a stand-in that sleeps in place of computing, the same
 time for each image. Efficiency is the time that stand-ins sleep over the time that they are there, from the moment that
 the last of them begins its first batch to the moment that the first of them has ended its last. Then stand-ins that
-take no time label larger images into a sink that takes its time, while one looks at what the object store holds.
+take no time label larger images into a sink that takes its time, while one looks at what the object store holds: Ray
+Data fills half of it, and what is taken out is freed within a second or so. It is sound when efficiency is 0.95 and
+nothing was spilled on a disk.
 
-What the driver costs an image, and whether that stays the same, is told by `make soak`.
+The sleep is so long that two cores can feed all of the stand-ins, of which each is a process of some 80 MiB. How many
+images a second the cores can feed at most, and what the driver costs an image, is told by `make soak`.
 """
 
 import contextlib
 import io
 import logging
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -36,6 +40,7 @@ SIDE, LARGE_SIDE = 32, 512
 CLASSES = Classes(("soil", "crop", "weed", "track"))
 LINKS_PER_FILE = 30_000  # file systems have a bound
 LOOK_SECONDS = 0.2
+MIN_EFFICIENCY = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +51,16 @@ class Scale:
     """Stand-ins, each on a pretended GPU."""
     num_nodes: int = 4
     """Nodes that have these."""
-    num_images: int = 60_000
+    num_images: int = 40_000
     """Of 32×32 pixels, for the stand-ins to share."""
-    latency_ms: float = 100.0
+    latency_ms: float = 400.0
     """What a stand-in takes for one of them."""
-    num_large: int = 3000
+    num_large: int = 2000
     """Images of 512×512 pixels that go to the slow sink."""
-    store_mib: int = 512
+    store_mib: int = 256
     """The object store before it."""
-    write_seconds: float = 10.0
-    """What it takes for a part."""
+    write_seconds: float = 60.0
+    """What it takes for a part; so long that label maps pile up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +192,7 @@ class Look:
         import ray
         from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-        state = get_state_from_address(ray.get_runtime_context().gcs_address)
+        state = get_state_from_address(ray.get_runtime_context().gcs_address)  # type: ignore[no-untyped-call]
         while not self._stop.wait(LOOK_SECONDS):
             stats = get_memory_info_reply(state).store_stats  # type: ignore[no-untyped-call]
             self.used_bytes = max(self.used_bytes, stats.object_store_bytes_used)
@@ -211,19 +216,19 @@ def nodes(head: dict[str, Any], others: list[dict[str, Any]]) -> Iterator[None]:
         cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
-def schedule(settings: Scale, folder: Path) -> None:
-    """Prints how much of their time stand-ins had work."""
+def schedule(settings: Scale, folder: Path) -> float:
+    """Prints, and returns, how much of their time stand-ins had work."""
     photos = write_photos(folder, settings.num_images, SIDE)
     gpus = {"num_cpus": 0, "num_gpus": settings.num_actors // settings.num_nodes, "object_store_memory": 2**28}
     feeding = {"num_cpus": 2, "object_store_memory": 2**29}
     with nodes({"num_cpus": 0}, [feeding, *[gpus] * settings.num_nodes]):
-        cpu, began = time.process_time(), time.time()
+        began = time.time()
         calls = run(folder, photos, settings.latency_ms / 1000)
-        cpu, seconds = time.process_time() - cpu, time.time() - began
+        seconds = time.time() - began
     told = newest_run(str(folder / "labels"))
     share, begins, ends = efficiency(calls)
     print_table(
-        ["models", "images", "batches", "start", "all at work", "tail", "images/s", "efficiency", "driver ms/image"],
+        ["models", "images", "batches", "start", "all at work", "tail", "images/s", "efficiency"],
         [
             [
                 str(len({call.actor for call in calls})),
@@ -234,10 +239,10 @@ def schedule(settings: Scale, folder: Path) -> None:
                 f"{began + seconds - ends:.0f} s",
                 f"{sum(c.num_images for c in calls if begins < c.ended <= ends) / (ends - begins):,.0f}",
                 f"{share:.3f}",
-                f"{1000 * cpu / told['counts']['labelled']:.3f}",
             ]
         ],
     )
+    return share
 
 
 def bounded(folder: Path, num_images: int, side: int, write_seconds: float) -> tuple[Look, int]:
@@ -253,7 +258,7 @@ def main() -> None:
     settings = tyro.cli(Scale)
     logging.getLogger("ray").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
-        schedule(settings, Path(folder))
+        share = schedule(settings, Path(folder))
     store_bytes = settings.store_mib * 2**20
     with tempfile.TemporaryDirectory() as folder, nodes({"num_cpus": 4, "object_store_memory": store_bytes}, []):
         look, pixel_bytes = bounded(Path(folder), settings.num_large, LARGE_SIDE, settings.write_seconds)
@@ -267,6 +272,7 @@ def main() -> None:
             ]
         ],
     )
+    sys.exit(not (share >= MIN_EFFICIENCY and look.spilled_bytes == 0))
 
 
 if __name__ == "__main__":
