@@ -1,20 +1,24 @@
-"""What an image costs apart from moving it: decode and encode on one core, and the model on its device.
+"""What an image costs: fetch, decode, encode and write on one core, and the model on its device.
 
     python tests/benchmarks/stages.py [--device cpu] [--dtype float32] [--batch-size 16] [--num-images 64]
 
 Images are drawn scenes, scaled to the size; label maps are their targets, scaled likewise. Decode and encode
-are the functions of the job, on one thread, best of five rounds. The model's time is that of its actor without
+are the functions of the job, on one thread, best of five rounds; files are fetched from this machine's disk, and
+parts written to it, 256 images each. The model's time is that of its actor without
 Ray: pixels in, label maps and statistics out, for the images of 480×360 alone; its weights are random.
 """
 
 import io
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 import tyro
 from PIL import Image
@@ -25,6 +29,8 @@ from segray.decode import decode
 from segray.demo import CLASSES, scene
 from segray.labelmap import encode_png
 from segray.predict import DType, Predictor
+from segray.sink import LABELLED, Sink
+from segray.source import Source, fetch, image_id
 
 T = TypeVar("T")
 
@@ -32,6 +38,7 @@ SIZES = ((360, 480), (1024, 2048))
 FORMATS = ("JPEG", "PNG")
 MODELS = ("lraspp_mobilenet_v3_large", "deeplabv3_resnet50")
 NUM_SCENES = 8
+NUM_WRITTEN = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +64,32 @@ def milliseconds(work: Callable[[T], object], items: Sequence[T]) -> float:
             work(item)
         rounds.append(time.perf_counter() - begin)
     return 1000 * min(rounds) / len(items)
+
+
+def fetched(folder: str) -> int:
+    """How many images of a folder were read."""
+    return sum(
+        table.num_rows for page in Source(folder).entries() for table, _ in fetch(page, done=np.array([], "S32"))
+    )
+
+
+def labelled(label_maps: Sequence[np.ndarray]) -> pa.Table:
+    """What is written of so many images."""
+    numbers = range(len(label_maps))
+    num_pixels = [np.bincount(label_map.ravel(), minlength=len(CLASSES)) for label_map in label_maps]
+    columns: dict[str, Sequence[object]] = {
+        "image_id": [image_id(str(number), "") for number in numbers],
+        "uri": [f"file:///images/{number:06d}.jpg" for number in numbers],
+        "version": ["1"] * len(numbers),
+        "height": [label_map.shape[0] for label_map in label_maps],
+        "width": [label_map.shape[1] for label_map in label_maps],
+        "label_map": [encode_png(label_map, CLASSES.palette) for label_map in label_maps],
+        "num_pixels": num_pixels,
+        "confidence_sum": [numbers * 0.9 for numbers in num_pixels],
+        "stage": [None] * len(numbers),
+        "reason": [None] * len(numbers),
+    }
+    return pa.table(list(columns.values()), schema=LABELLED)
 
 
 def scaled(height: int, width: int) -> list[tuple[Image.Image, np.ndarray]]:
@@ -97,15 +130,26 @@ def images_per_second(name: str, settings: Stages) -> float:
 def main() -> None:
     """Prints two tables."""
     settings = tyro.cli(Stages)
-    print("| image | kB | decode ms | encode ms |\n|---|---|---|---|")
+    print("| image | kB | fetch ms | decode ms | encode ms | write ms |\n|---|---|---|---|---|---|")
     for height, width in SIZES:
         pairs = scaled(height, width)
-        encode = milliseconds(partial(encode_png, palette=CLASSES.palette), [target for _, target in pairs])
+        targets = [target for _, target in pairs]
+        encode = milliseconds(partial(encode_png, palette=CLASSES.palette), targets)
+        rows = labelled([targets[index % NUM_SCENES] for index in range(NUM_WRITTEN)])
+        with tempfile.TemporaryDirectory() as sink:
+            write = milliseconds(lambda rows: [*Sink(sink, "r0").write(rows, CLASSES, "run")], [rows]) / NUM_WRITTEN
         for kind in FORMATS:
             files = [compress(image, kind) for image, _ in pairs]
             kilobytes = sum(map(len, files)) / len(files) / 1000
             decoded = milliseconds(partial(decode, max_pixels=height * width), files)
-            print(f"| {width}×{height} {kind} | {kilobytes:,.0f} | {decoded:.1f} | {encode:.1f} |")
+            with tempfile.TemporaryDirectory() as folder:
+                for index in range(NUM_WRITTEN):
+                    Path(folder, f"{index}.{kind.lower()}").write_bytes(files[index % NUM_SCENES])
+                fetch_ = milliseconds(fetched, [folder]) / NUM_WRITTEN
+            print(
+                f"| {width}×{height} {kind} | {kilobytes:,.0f} | {fetch_:.2f} | {decoded:.2f} | {encode:.2f} "
+                f"| {write:.2f} |"
+            )
     where = torch.cuda.get_device_name() if settings.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"\n| model | {settings.dtype}, {where}, images/s |\n|---|---|")
     for name in MODELS:
