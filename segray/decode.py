@@ -101,11 +101,12 @@ def _jpeg(data: bytes | memoryview, image: Image.Image) -> UInt8[np.ndarray, "he
     """The pixels of a JPEG without a flaw, those that Pillow gives, in fewer copies; None of others."""
     if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
         return None
+    octets = memoryview(data).cast("B")  # those of a column of Arrow are signed
     try:
         # A damaged one may tell its size twice.
-        if simplejpeg.decode_jpeg_header(data)[:2] != (image.height, image.width):
+        if simplejpeg.decode_jpeg_header(octets)[:2] != (image.height, image.width):
             return None
-        pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB")
+        pixels: np.ndarray = simplejpeg.decode_jpeg(octets, "RGB")
         return pixels
     except ValueError:  # what is wrong with it, and whether it can be decoded after all, Pillow says
         return None

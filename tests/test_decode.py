@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -94,6 +95,13 @@ def test_jpeg_has_the_very_pixels_that_pillow_gives(
     pixels = decode(memoryview(data), MAX_PIXELS)
     assert_is_image(pixels, 2 * height, 3 * width)
     np.testing.assert_array_equal(pixels, rgb(Image.open(io.BytesIO(data))))
+
+
+def test_a_jpeg_in_a_column_does_not_go_through_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = decode(JPEG, MAX_PIXELS)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", pytest.fail)
+    [scalar] = pa.array([JPEG], pa.large_binary())
+    np.testing.assert_array_equal(decode(memoryview(scalar.as_buffer()), MAX_PIXELS), expected)
 
 
 @given(sizes, sizes, st.booleans(), st.sampled_from(["RGB", "L"]))
