@@ -31,9 +31,8 @@ LOOK_SECONDS = 0.2
 MODEL = "MapBatches(_Predictor)"
 
 
-def role(process: psutil.Process) -> str:
+def role(text: str) -> str:
     """What a process is there for, by how it calls itself."""
-    text = " ".join(process.cmdline())
     if "ray::" in text:
         if MODEL in text:
             return "model"
@@ -49,8 +48,9 @@ def cpu_seconds(command: list[str]) -> Mapping[str, float]:
     while process.poll() is None:
         try:
             for one in (process, *process.children(recursive=True)):
-                times = one.cpu_times()
-                found[one.pid] = (role(one), times.user + times.system)
+                if text := " ".join(one.cmdline()):  # a process that has ended says nothing
+                    times = one.cpu_times()
+                    found[one.pid] = (role(text), times.user + times.system)
         except psutil.Error:  # it has ended since
             pass
         time.sleep(LOOK_SECONDS)
