@@ -223,6 +223,8 @@ def label(job: Label) -> None:
 
     # Ray takes as long to start as torch to import.
     loading = ThreadPoolExecutor(1).submit(_load, job, area)
+    if os.environ.get("RAY_ADDRESS"):
+        loading.result()  # the folder that a job was submitted with is gone for it once it is connected
     with contextlib.ExitStack() as lock, session():
         placement = _placed(job, ray)
         job, checkpoint, recipe, sink = loading.result()

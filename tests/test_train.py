@@ -331,7 +331,8 @@ def test_two_workers_pack_train_label_and_evaluate_from_and_to_object_storage(s3
     assert {line["num_workers"] for line in steps} == {2}
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert trained.preprocessing.resize == 160
-    label(Label(source=f"{root}/shards/val", sink=f"{root}/labels", model=f"{root}/model/checkpoint.safetensors"))
+    model_file = f"{root}/model/checkpoint.safetensors"
+    label(Label(source=f"{root}/shards/val", sink=f"{root}/labels", model=model_file, dtype="float32"))
     evaluation = evaluate(Evaluate(sink=f"{root}/labels", targets=f"{root}/fields/targets"))
     seen = json.loads(journal.read(f"validation/epoch-{trained.origin['metrics']['epoch']:04d}.json") or b"")
     assert evaluation.confusion_matrix.counts.tolist() == seen["confusion"], "labelling is what was validated"

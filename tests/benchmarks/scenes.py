@@ -159,7 +159,7 @@ class Memory:
     def look(self, root: psutil.Process) -> None:
         """Takes in what there is now."""
         for process in [root, *root.children(recursive=True)]:
-            with contextlib.suppress(psutil.Error, OSError):
+            with contextlib.suppress(psutil.Error, OSError, KeyError):  # it has ended, or is about to
                 title = " ".join(process.cmdline()[:1])
                 kind = title.partition("(")[0] if title.startswith("ray::") else process.name()
                 told = dict(re.findall(r"(Rss\w+):\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text()))
