@@ -1,7 +1,7 @@
 """The tail of a network: its coarse logits to classes and their probabilities, at full size.
 
-Upsampled logits are a hundred times what is kept of them. So they are made a few rows at a time, in a core's own
-cache, or on a GPU a pixel at a time in registers (`kernel`), and never stand in memory as a whole. Both compute in
+Upsampled logits are a hundred times what is kept of them. So they are made a few rows at a time, in the cores'
+caches, or on a GPU a pixel at a time in registers (`kernel`), and never stand in memory as a whole. Both compute in
 float32 and in one order, and give the same classes to the last pixel:
 
 - between neighbours a and b at weight w lies a + w (b - a), along columns first, then along rows; positions are
@@ -24,7 +24,7 @@ __all__ = ["LOG2_E", "Grid", "Tail", "blocked", "neighbours"]
 
 LOG2_E = math.log2(math.e)
 
-_BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**26}  # on a CPU what the cores' own caches hold
+_BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**26}  # on a CPU about what the caches hold
 
 
 @dataclass(frozen=True, slots=True)
