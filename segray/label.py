@@ -1060,7 +1060,6 @@ def _print_prospect(
     from segray.store import LabelStore
 
     recipe = document["recipe"]
-
     records, others = [], []
     with contextlib.suppress(SinkError):  # there is no store yet
         store = LabelStore.open(job.sink)
