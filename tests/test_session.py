@@ -18,13 +18,12 @@ def ours(*_):
     raise KeyboardInterrupt
 
 signal.signal(signal.SIGTERM, ours)
-with session() as ray:
+with session():
     assert signal.getsignal(signal.SIGTERM) is ours
-    assert ray._private.worker._global_node.dashboard_agent_listen_port != 52365
 """
 
 
-def test_a_job_hears_the_signal_that_ends_it_once_ray_has_started_and_ray_wants_no_port_that_others_have() -> None:
+def test_a_job_still_hears_the_signal_that_ends_it_once_ray_has_started() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     subprocess.run([sys.executable, "-c", PROGRAM], env=environment, check=True, timeout=300)
 
