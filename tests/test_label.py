@@ -69,7 +69,7 @@ def name_of(uri: str) -> str:
 def frames_on_s3(camvid: Path, s3: Server) -> str:
     """A fifth of CamVid's validation frames, each as a loose object, in a tar shard and in a Parquet shard."""
     frames = sorted((camvid / "val").glob("*.png"))[::5]
-    root = "s3://segray/camvid"
+    root = "s3://segray/label/camvid"
     fs, _ = fsspec.core.url_to_fs(root, use_listings_cache=False)
     fs.pipe({f"{root}/loose/{index % 3}/{frame.name}": frame.read_bytes() for index, frame in enumerate(frames)})
     for shard in range(3):
@@ -131,7 +131,7 @@ def read_by_duckdb(sink: str, statistics: pa.Table) -> None:
 def test_loose_tar_and_parquet_on_s3_give_the_same_label_maps(
     frames_on_s3: str, tmp_path: Path, s3: Server, ray_cluster: None
 ) -> None:
-    label_frames(frames_on_s3, "unet_resnet18", 96, tmp_path, "s3://segray/camvid-labels")
+    label_frames(frames_on_s3, "unet_resnet18", 96, tmp_path, "s3://segray/label/camvid-labels")
 
 
 @pytest.mark.slow
@@ -140,7 +140,7 @@ def test_loose_tar_and_parquet_on_s3_give_the_same_label_maps(
 def test_loose_tar_and_parquet_on_s3_give_the_same_label_maps_at_full_size(
     name: str, frames_on_s3: str, tmp_path: Path, s3: Server, ray_cluster: None
 ) -> None:
-    label_frames(frames_on_s3, name, None, tmp_path, "s3://segray/camvid-labels")
+    label_frames(frames_on_s3, name, None, tmp_path, "s3://segray/label/camvid-labels")
 
 
 @pytest.fixture(scope="session")
