@@ -87,8 +87,9 @@ class Predictor:
 
     Images of any sizes may come together: those of one size share a batch, and those beyond
     `tiling.size` are cut into tiles, which are batched, blended and stitched. A CRF comes after that, and
-    sees whole images at their own size. On a CPU a label map does not depend on what an image was
-    batched with (once the dtype is chosen, where that is auto); on a GPU it may, in pixels whose two largest logits are equal up to rounding.
+    sees whole images at their own size. On a CPU a label map does not depend on what an image was batched
+    with, once the dtype is chosen where that is auto; on a GPU it may, in pixels whose two largest logits
+    are equal up to rounding.
     """
 
     def __init__(
