@@ -6,6 +6,7 @@ taken from there on.
 """
 
 import copy
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -78,14 +79,16 @@ class Forward:
         if dtype == "auto" and self._ways:
             self._ways += [(folded, torch.float32), (module, torch.float32)]
         self._is_chosen = False
+        self._choosing = threading.Lock()
         self._dtype = torch.float32
         self._module = self._placed(module, self._dtype)
 
     def __call__(self, values: Float32[Tensor, "batch channels height width"]) -> Float32[Tensor, "batch _ h w"]:
         """The module's logits of a batch."""
-        if not self._is_chosen:
-            self._choose(values)
-            self._is_chosen = True
+        with self._choosing:  # threads may call at once
+            if not self._is_chosen:
+                self._choose(values)
+                self._is_chosen = True
         return self._logits(self._module, self._dtype, values)
 
     def _placed(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:

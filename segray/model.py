@@ -234,9 +234,12 @@ def normalised(
     if preprocessing.bands is None and preprocessing.range == 1:
         fed.div_(255)
     mean, std = (
-        torch.tensor(numbers, dtype=torch.float32, device=values.device).view(-1, 1, 1)
+        torch.tensor(numbers, dtype=torch.float32, device=values.device)
         for numbers in (preprocessing.mean, preprocessing.std)
     )
+    # Where channels lie side by side, torch would go three numbers at a time: here it goes by rows of pixels.
+    num_alike = fed.shape[3] if fed.stride(1) == 1 else 1
+    mean, std = (numbers.repeat(num_alike, 1).T[:, None] for numbers in (mean, std))
     return fed.sub_(mean).div_(std)
 
 

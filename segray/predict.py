@@ -1,8 +1,10 @@
 """Predictor, the actor class: images or windows of scenes in, label maps and class counts out. Runs without Ray."""
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -34,6 +36,7 @@ faults take as long as the convolutions do. So it keeps up to 1 GiB of what was 
 
 T = TypeVar("T")
 _Item = TypeVar("_Item", np.ndarray, "Raster")
+_Batch = tuple[Sequence[int], bool]  # whose items, and whether it is for one thread beside others
 
 _FULL_BATCH_SIDE = {"cuda": 640, "cpu": 360}  # a CPU gains little from more, and all share its memory
 _MAX_ASPECT = 64
@@ -118,7 +121,8 @@ class Predictor:
             device: torch's name of a device.
             dtype: what the forward pass computes in (see `Forward`); logits are float32 from there on. An ONNX
                 model's graph says that itself.
-            num_threads: threads of the forward pass on a CPU. None: torch's default.
+            num_threads: threads on a CPU, each with small images of its own, all with the same large one. None: torch's
+                default.
             keeps_confidence: whether predictions have the confidence of each pixel.
             chosen: is told how the forward pass computes, at the first batch.
             beat: is called after each forward pass with the number of images, or tiles, in it.
@@ -149,6 +153,9 @@ class Predictor:
         self._keeps_confidence = keeps_confidence
         self._beat = beat
         self._tell_refined = refined
+        self._num_threads = torch.get_num_threads() if self._device.type == "cpu" else 1
+        # Threads that share a layer wait for the slowest at each, and other processes have a claim to the cores too.
+        self._threads = ThreadPoolExecutor(self._num_threads, initializer=torch.set_num_threads, initargs=(1,))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Labels the decoded images, or the rasters, of a batch; its other rows (rejects) pass through.
@@ -199,7 +206,6 @@ class Predictor:
             kept = kept.append_column(name, column)
         return kept
 
-    @torch.inference_mode()
     def predict(
         self, images: Sequence[UInt8[np.ndarray, "_ _ 3"] | Float32[np.ndarray, "_ _ _"]]
     ) -> list[Prediction | Reject]:
@@ -226,6 +232,7 @@ class Predictor:
         for index, image in enumerate(images):
             by_shape[image.shape].append(index)
         results: list[Prediction | Reject] = [Reject("predict", "not predicted", "")] * len(images)
+        batches: list[_Batch] = []
         for (height, width, _), indices in by_shape.items():
             if self._preprocessing.resize is not None and max(height, width) > _MAX_ASPECT * min(height, width):
                 # Its shorter side, brought to `resize`, would make the longer one fill the memory.
@@ -233,14 +240,11 @@ class Predictor:
                 for index in indices:
                     results[index] = Reject("predict", "too elongated", detail)
                 continue
-            way_out = "lower --tiling.size" + (" or leave out --crf" if self._crf else "")
-            for some in _split(indices, self._num_together(*self._input_size(height, width))):
-                predictions = self._predict_alike(self._label_images, [images[index] for index in some], way_out)
-                for index, prediction in zip(some, predictions, strict=True):
-                    results[index] = prediction
+            batches += self._batches(indices, *self._input_size(height, width))
+        way_out = "lower --tiling.size" + (" or leave out --crf" if self._crf else "")
+        self._predict_batches(self._label_images, images, batches, way_out, results)
         return [_checked(result) for result in results]
 
-    @torch.inference_mode()
     def predict_windows(self, rasters: Sequence[Raster]) -> list[Prediction | Reject]:
         """Labels windows of scenes.
 
@@ -280,14 +284,42 @@ class Predictor:
                 by_shape[raster.values.shape].append(index)
             else:
                 results[index] = self._without_data(raster)
-        for (_, height, width), indices in by_shape.items():
-            for some in _split(indices, self._num_together(height, width)):
-                alike = [rasters[index] for index in some]
-                predictions = self._predict_alike(self._label_rasters, alike, "take smaller windows")
-                for index, prediction in zip(some, predictions, strict=True):
-                    results[index] = prediction
+        batches = [
+            batch for (_, height, width), indices in by_shape.items() for batch in self._batches(indices, height, width)
+        ]
+        self._predict_batches(self._label_rasters, rasters, batches, "take smaller windows", results)
         return [_checked(result) for result in results]
 
+    def _batches(self, indices: Sequence[int], height: int, width: int) -> Iterator["_Batch"]:
+        """Splits items of one input size. How depends on nothing else, so that no label map depends on the others."""
+        together = self._num_together(height, width)
+        each = together // self._num_threads
+        if self._num_threads == 1 or each < 2:
+            return ((some, False) for some in _split(indices, together))
+        # Twice as many batches as there are threads, or most would wait for the last.
+        num_batches = math.ceil(len(indices) / max(2, each // 2))
+        return ((indices[first::num_batches], True) for first in range(num_batches))
+
+    def _predict_batches(
+        self,
+        label: Callable[[Sequence[_Item], int | None], Sequence[Prediction]],
+        items: Sequence[_Item],
+        batches: Sequence["_Batch"],
+        way_out: str,
+        results: list[Prediction | Reject],
+    ) -> None:
+        """Sets the results of all batches: first of those that are each one thread's, side by side."""
+
+        def predict(some: Sequence[int]) -> Sequence[Prediction | Reject]:
+            return self._predict_alike(label, [items[index] for index in some], way_out)
+
+        beside, alone = ([some for some, is_beside in batches if is_beside == wanted] for wanted in (True, False))
+        for apply, chosen in ((self._threads.map, beside), (map, alone)):
+            for some, predictions in zip(chosen, apply(predict, chosen), strict=True):
+                for index, prediction in zip(some, predictions, strict=True):
+                    results[index] = prediction
+
+    @torch.inference_mode()
     def _predict_alike(
         self,
         label: Callable[[Sequence[_Item], int | None], Sequence[Prediction]],

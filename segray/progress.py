@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -19,9 +19,7 @@ from rich.table import Table
 
 from segray import metrics
 from segray.classes import Classes
-
-if TYPE_CHECKING:
-    from segray.sink import Receipt
+from segray.statistics import Receipt
 
 __all__ = [
     "STALL_SECONDS",
@@ -211,14 +209,14 @@ class Ledger:
         if self._first is None:
             self._first, self._num_done_first = self._last, num_done
 
-    def commit(self, receipt: "Receipt") -> None:
+    def commit(self, receipt: Receipt) -> None:
         """A part is in the sink."""
         if receipt.key not in self._receipts:
             metrics.add_images("labelled", self._run_id, receipt.num_labelled)
             metrics.add_images("rejected", self._run_id, receipt.rejects.total())
         self._receipts[receipt.key] = receipt
 
-    def receipts(self) -> "list[Receipt]":
+    def receipts(self) -> list[Receipt]:
         """All that is committed."""
         return list(self._receipts.values())
 
@@ -260,7 +258,7 @@ class Totals:
     """For each class its pixels, their share and square metres, the images it occurs in, the mean confidence."""
 
     @classmethod
-    def of(cls, receipts: "list[Receipt]", classes: Classes) -> "Totals":
+    def of(cls, receipts: list[Receipt], classes: Classes) -> "Totals":
         """Adds receipts up."""
         zeros = np.zeros(len(classes))
         num_pixels = sum((r.num_pixels for r in receipts), zeros.astype(np.int64))

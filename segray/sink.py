@@ -29,7 +29,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,6 +46,7 @@ from segray.classes import Classes
 from segray.errors import SinkError
 from segray.retry import retrying
 from segray.source import filesystem, known
+from segray.statistics import Receipt
 
 __all__ = [
     "LABELLED",
@@ -56,7 +56,6 @@ __all__ = [
     "SHARDS",
     "STATISTICS",
     "PartSink",
-    "Receipt",
     "Sink",
     "part_name",
     "put",
@@ -150,28 +149,6 @@ _TEMPORARY = re.compile(r"\.((part-)?[0-9a-f]{32}\.parquet|[\w-]+\.json)\.\w+\.t
 _PART_ROWS = 256, 2048  # at least and at most, where their bytes do not decide
 _NUM_PARTS = 400
 _MERGED_ROWS = 16_384
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Receipt:
-    """What was committed in one go."""
-
-    key: str
-    """What it is of; the same for the same images, however often they are written."""
-    num_labelled: int
-    """Images labelled."""
-    rejects: Counter[tuple[str, str]]
-    """Images rejected, by stage and kind."""
-    num_images: Int64[np.ndarray, " num_classes"]
-    """Images in which each class occurs."""
-    num_pixels: Int64[np.ndarray, " num_classes"]
-    """Pixels of each class."""
-    confidence_sum: Float64[np.ndarray, " num_classes"]
-    """Sum of the confidence over the pixels of each class."""
-    area_sum: Float64[np.ndarray, " num_classes"]
-    """Square metres of each class; 0 where images have no place on Earth."""
-    parts: tuple[str, ...]
-    """Its parts, as `label_maps/NAME` and `rejects/NAME`."""
 
 
 class Sink:

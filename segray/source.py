@@ -512,8 +512,7 @@ def _batches(images: Iterable[tuple[str, str, str, bytes | Reject]]) -> Iterator
 
 def _fetch_loose(rows: Sequence[dict[str, Any]], done: np.ndarray) -> Iterator[tuple[pa.Table, int]]:
     """Loose images, a batch of requests at a time."""
-    with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
-        versions = list(pool.map(look_up, rows))
+    versions = list(_threads().map(look_up, rows))
     num_present = 0
     wanted: list[_Wanted] = []
     for row, version in zip(rows, versions, strict=True):
@@ -531,6 +530,12 @@ def _fetch_loose(rows: Sequence[dict[str, Any]], done: np.ndarray) -> Iterator[t
             num_present = 0
     if num_present:
         yield FETCHED.empty_table(), num_present
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """Those of this process that wait for stores; they start as they are needed, and stay for the next block."""
+    return ThreadPoolExecutor(_REQUESTS_IN_FLIGHT)
 
 
 def _by_bytes(wanted: Iterable[_Wanted]) -> Iterator[list[_Wanted]]:
@@ -612,8 +617,7 @@ def _cat_once(uris: Iterable[str]) -> Iterator[tuple[str, bytes | Exception]]:
         if fs.async_impl:
             found = read(paths)
         else:  # such file systems would read one after the other
-            with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
-                found = [data for [data] in pool.map(read, [[path] for path in paths])]
+            found = [data for [data] in _threads().map(read, [[path] for path in paths])]
         yield from zip(same, found, strict=True)
 
 

@@ -1,11 +1,12 @@
-"""Pixel counts and the confusion matrix: int64 until the last division."""
+"""Pixel counts, of what was committed and of a confusion matrix: int64 until the last division."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float64, Int64, UInt
 
-__all__ = ["ConfusionMatrix"]
+__all__ = ["ConfusionMatrix", "Receipt"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,3 +73,25 @@ class ConfusionMatrix:
         """The share of pixels predicted as their target; NaN where there are none."""
         total = int(self.counts.sum())
         return int(np.trace(self.counts)) / total if total else float("nan")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Receipt:
+    """What was committed in one go."""
+
+    key: str
+    """What it is of; the same for the same images, however often they are written."""
+    num_labelled: int
+    """Images labelled."""
+    rejects: Counter[tuple[str, str]]
+    """Images rejected, by stage and kind."""
+    num_images: Int64[np.ndarray, " num_classes"]
+    """Images in which each class occurs."""
+    num_pixels: Int64[np.ndarray, " num_classes"]
+    """Pixels of each class."""
+    confidence_sum: Float64[np.ndarray, " num_classes"]
+    """Sum of the confidence over the pixels of each class."""
+    area_sum: Float64[np.ndarray, " num_classes"]
+    """Square metres of each class; 0 where images have no place on Earth."""
+    parts: tuple[str, ...]
+    """Its parts, as `label_maps/NAME` and `rejects/NAME`."""
