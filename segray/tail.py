@@ -24,7 +24,7 @@ __all__ = ["LOG2_E", "Grid", "Tail", "blocked", "neighbours"]
 
 LOG2_E = math.log2(math.e)
 
-_BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**26}  # on a CPU about what the caches hold
+_BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**26}  # on a CPU about what the caches hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,32 +55,34 @@ def blocked(
     label_map = torch.empty(window.height, window.width, dtype=dtype, device=device)
     confidence = torch.empty(window.height, window.width, device=device)
     # The first of equals has the largest of these.
-    falling = torch.arange(num_classes, 0, -1, dtype=torch.float32, device=device).view(-1, 1, 1)
+    falling = torch.arange(num_classes, 0, -1, dtype=torch.float32, device=device)[:, None]
+    # Rows come first from here on, then classes: what is taken together then lies together.
     is_coarse = (h, w) != (grid.height, grid.width)
     if is_coarse:
         tops, row_weights = neighbours(h, grid.height, grid.align_corners, window.rows, device)
         lefts, column_weights = neighbours(w, grid.width, grid.align_corners, window.cols, device)
-        rights, column_weights = (lefts + 1).clamp_(max=w - 1), column_weights.float()
-        row_weights = row_weights.float()[:, None]
-        first_tops = tops.tolist()
+        row_weights, column_weights = (weights.float()[:, None, None] for weights in (row_weights, column_weights))
+        top = int(tops[0])
+        some = logits[:, top : int(tops[-1]) + 2].permute(2, 1, 0).contiguous()
+        left = some.index_select(0, lefts)
+        some = some.index_select(0, (lefts + 1).clamp_(max=w - 1)).sub_(left).mul_(column_weights).add_(left)
+        some = some.permute(1, 2, 0).contiguous()
+        steps = torch.diff(some, dim=0, append=some[-1:])
+        tops -= top
+    else:
+        some = logits[:, window.rows, window.cols].transpose(0, 1)
     num_rows = max(1, _BLOCK_BYTES[device.type] // (4 * num_classes * window.width))
     for first in range(0, window.height, num_rows):
         rows = slice(first, min(first + num_rows, window.height))
         if is_coarse:
-            top, bottom = first_tops[rows.start], first_tops[rows.stop - 1] + 2
-            some = logits[:, top:bottom].contiguous()
-            left = some.index_select(2, lefts)
-            some = some.index_select(2, rights).sub_(left).mul_(column_weights).add_(left)
-            steps = torch.diff(some, dim=1, append=some[:, -1:])
-            block = some.index_select(1, tops[rows] - top)
-            block += steps.index_select(1, tops[rows] - top).mul_(row_weights[rows])
+            block = some.index_select(0, tops[rows])
+            block += steps.index_select(0, tops[rows]).mul_(row_weights[rows])
         else:
-            block = logits[:, window.row_off + rows.start : window.row_off + rows.stop, window.cols]
-            block = block.clone(memory_format=torch.contiguous_format)
-        block -= block.amax(0)
-        torch.reciprocal((block * LOG2_E).exp2_().sum(0), out=confidence[rows])
+            block = some[rows].clone(memory_format=torch.contiguous_format)
+        block -= block.amax(1, keepdim=True)
+        torch.reciprocal((block * LOG2_E).exp2_().sum(1), out=confidence[rows])
         # Of NaN none is equal to the largest.
-        label_map[rows] = (num_classes - block.eq_(0).mul_(falling).amax(0)).clamp_(max=num_classes - 1)
+        label_map[rows] = (num_classes - block.eq_(0).mul_(falling).amax(1)).clamp_(max=num_classes - 1)
     return label_map, confidence
 
 
