@@ -1,12 +1,13 @@
 """A module's forward pass, as fast as its device allows, and held to what it gives as it stands in float32.
 
-Batch norms are folded into the convolutions before them, convolutions and matrix products are in the dtype in which
-the device is fast. The first batch goes both ways, and where the two disagree in too many pixels, the slower way is
-taken from there on.
+Batch norms are folded into the convolutions before them, and on a CPU activations too; convolutions and matrix products
+are in the dtype in which the device is fast. The first batch goes both ways, and where the two disagree in too many
+pixels, the slower way is taken from there on.
 """
 
 import copy
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -30,7 +31,12 @@ MIN_AGREEMENT = 0.99
 
 _NUM_CHECKED = 2
 _FOLDED_WITHIN = 1e-3
-_LOWERED = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+_ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {  # as oneDNN calls them, with its arguments
+    nn.ReLU: ("relu", []),
+    nn.ReLU6: ("hardtanh", [0.0, 6.0]),
+    nn.Hardswish: ("hardswish", []),
+    nn.SiLU: ("swish", []),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +80,10 @@ class Forward:
         self._chosen = chosen
         has_own_dtype = next(module.parameters(), None) is None
         fast = torch.float32 if has_own_dtype else fast_dtype(device) if dtype == "auto" else getattr(torch, dtype)
-        folded = _folded(module, example)
+        folded = module if has_own_dtype else _folded(module, example)
+        has_onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        if has_onednn and not has_own_dtype:
+            folded = _activated(folded, example)
         self._ways = [(folded, fast)] if folded is not module or fast != torch.float32 else []
         if dtype == "auto" and self._ways:
             self._ways += [(folded, torch.float32), (module, torch.float32)]
@@ -147,6 +156,26 @@ def fast_tail(device: torch.device) -> Tail:
     return blocked
 
 
+class _Activated(nn.Module):
+    """A convolution on a CPU, and the activation after it before its output goes to memory."""
+
+    def __init__(self, convolution: nn.Conv2d, activation: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.bias = convolution.weight, convolution.bias
+        self._shape = convolution.padding, convolution.stride, convolution.dilation, convolution.groups
+        self._activation = _ACTIVATIONS[type(activation)]
+
+    def forward(self, values: Tensor) -> Tensor:
+        values = values.to(self.weight.dtype)  # autocast does not know this one
+        result: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            values, self.weight, self.bias, *self._shape, *self._activation, ""
+        )
+        return result
+
+
+_LOWERED = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear, _Activated)
+
+
 class _Exact(nn.Module):
     """A layer in float32, with an output in another dtype."""
 
@@ -177,38 +206,53 @@ def _lowered(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 @torch.no_grad()
 def _folded(module: nn.Module, example: Tensor) -> nn.Module:
     """A copy without the batch norms that follow a convolution; the module itself where it gives other logits."""
-    if not any(isinstance(layer, nn.BatchNorm2d) for layer in module.modules()):
-        return module
-    folded = copy.deepcopy(module)
-    names = {layer: name for name, layer in folded.named_modules()}
-    pairs = _pairs(folded, example)
+    folded, names, pairs = _found(module, (nn.BatchNorm2d,), example)
     for convolution, norm in pairs:
+        assert isinstance(norm, nn.BatchNorm2d)
         folded.set_submodule(names[convolution], fuse_conv_bn_eval(convolution, norm))
         # Those of timm hold their activation.
         folded.set_submodule(names[norm], getattr(norm, "act", nn.Identity()))
-    # A layer may be used twice, or a convolution's output elsewhere too.
-    before, then = model.logits(module, example), model.logits(folded, example)
-    return folded if bool((before - then).abs().max() <= _FOLDED_WITHIN * before.abs().max()) else module
+    return folded if pairs and _agree(module, folded, example) else module
 
 
-def _pairs(module: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    """Each batch norm whose input is what a convolution gave, with that."""
+@torch.no_grad()
+def _activated(module: nn.Module, example: Tensor) -> nn.Module:
+    """Likewise without the activations."""
+    activated, names, pairs = _found(module, tuple(_ACTIVATIONS), example)
+    for convolution, activation in pairs:
+        if convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str):
+            activated.set_submodule(names[convolution], _Activated(convolution, activation))
+            activated.set_submodule(names[activation], nn.Identity())
+    return activated if pairs and _agree(module, activated, example) else module
+
+
+def _agree(module: nn.Module, other: nn.Module, example: Tensor) -> bool:
+    """Whether logits are the same up to rounding. They are not where a convolution's output is used elsewhere too."""
+    before, then = model.logits(module, example), model.logits(other, example)
+    return bool((before - then).abs().max() <= _FOLDED_WITHIN * before.abs().max())
+
+
+def _found(
+    module: nn.Module, kinds: tuple[type[nn.Module], ...], example: Tensor
+) -> tuple[nn.Module, dict[nn.Module, str], list[tuple[nn.Conv2d, nn.Module]]]:
+    """A copy, the names of its layers, and of those of these kinds each that is used once, behind a convolution."""
+    copied = copy.deepcopy(module)
     given: dict[int, tuple[nn.Conv2d, Tensor]] = {}
-    found: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
+    found: dict[nn.Module, list[nn.Conv2d | None]] = defaultdict(list)
 
     def remember(layer: nn.Module, _: object, output: Tensor) -> None:
         assert isinstance(layer, nn.Conv2d)
         given[id(output)] = layer, output  # which is kept, as ids are used again
 
     def look_up(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, nn.BatchNorm2d)
-        if id(inputs[0]) in given:
-            found.append((given[id(inputs[0])][0], layer))
+        found[layer].append(given[id(inputs[0])][0] if id(inputs[0]) in given else None)
 
-    handles = [layer.register_forward_hook(remember) for layer in module.modules() if isinstance(layer, nn.Conv2d)]
-    norms = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
-    handles += [norm.register_forward_pre_hook(look_up) for norm in norms]
-    model.logits(module, example)
+    names = {layer: name for name, layer in copied.named_modules()}
+    handles = [layer.register_forward_pre_hook(look_up) for layer in names if isinstance(layer, kinds)]
+    if handles:
+        handles += [layer.register_forward_hook(remember) for layer in names if isinstance(layer, nn.Conv2d)]
+        model.logits(copied, example)
     for handle in handles:
         handle.remove()
-    return found
+    pairs = [(used[0], layer) for layer, used in found.items() if len(used) == 1 and used[0] is not None]
+    return copied, names, pairs

@@ -153,7 +153,8 @@ class Predictor:
         self._keeps_confidence = keeps_confidence
         self._beat = beat
         self._tell_refined = refined
-        self._num_threads = torch.get_num_threads() if self._device.type == "cpu" else 1
+        has_own_threads = self._device.type != "cpu" or checkpoint.architecture == "onnx"
+        self._num_threads = 1 if has_own_threads else torch.get_num_threads()
         # Threads that share a layer wait for the slowest at each, and other processes have a claim to the cores too.
         self._threads = ThreadPoolExecutor(self._num_threads, initializer=torch.set_num_threads, initargs=(1,))
 

@@ -90,6 +90,44 @@ def test_a_batch_norm_that_cannot_be_folded_stays(kind: type[nn.Module]) -> None
     assert choices == [Choice("float32", None)]
 
 
+class Activated(nn.Module):
+    """Convolutions with activations behind them: once, twice the same, and one that is seen before it too."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.fourth = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
+        self.once, self.twice, self.past = kind(), kind(), kind()
+
+    def forward(self, images: Tensor) -> Tensor:
+        there = self.twice(self.third(self.twice(self.second(self.once(self.first(images))))))
+        before = self.fourth(there)
+        result: Tensor = self.past(before) + before if self.sees_past else self.past(before)
+        return result
+
+    sees_past = False
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", [nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU])
+def test_an_activation_goes_with_its_convolution_where_nothing_else_sees_what_is_between(
+    kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = Activated(kind).eval()
+    expected = module(EXAMPLE)
+    made, _ = of(module)
+    torch.testing.assert_close(made(EXAMPLE), expected, rtol=1e-5, atol=1e-5)
+    assert [type(layer) for layer in (made._module.once, made._module.twice, made._module.past)] == [
+        nn.Identity,
+        kind,
+        nn.Identity,
+    ]
+    monkeypatch.setattr(Activated, "sees_past", True)
+    expected = module(EXAMPLE)
+    made, choices = of(module)
+    torch.testing.assert_close(made(EXAMPLE), expected, rtol=1e-6, atol=1e-6)
+    assert choices == [Choice("float32", None)]
+
+
 class Close(nn.Module):
     """Two classes whose logits differ by less than bfloat16 holds, but where pixels are zero."""
 

@@ -1,6 +1,8 @@
 import copy
 import dataclasses
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +21,7 @@ from segray import demo, model
 from segray.classes import Classes
 from segray.crf import Crf, refine
 from segray.errors import Reject, SettingsError
-from segray.forward import Forward
+from segray.forward import DType, Forward
 from segray.model import Preprocessing
 from segray.predict import Prediction, Predictor, Raster
 from segray.tile import Tiling, Window
@@ -424,12 +426,38 @@ def test_bfloat16_runs_and_mostly_agrees_with_float32() -> None:
         assert (mine.label_map == theirs.label_map).mean() > 0.7
 
 
-def test_the_number_of_threads_is_set() -> None:
-    try:
-        predictor(num_threads=2)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(1)
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """As many as a predictor that is made here sets."""
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_small_images_have_a_thread_each_and_a_large_one_has_all() -> None:
+    made = predictor(num_threads=2)
+    forward, told = made._forward, set()
+
+    def telling(values: Tensor) -> Tensor:
+        told.add((values.shape[2:], threading.get_ident(), torch.get_num_threads()))
+        time.sleep(0.1)  # or one thread might do it all
+        return forward(values)
+
+    made._forward = telling  # type: ignore[assignment]
+    only(made.predict(photos((32, 64), (48, 64), (800, 992), (64, 64))))
+    large = ((800, 992), threading.get_ident(), 2)
+    assert large in told
+    assert {num_threads for _, _, num_threads in told - {large}} == {1}
+    assert len({thread for _, thread, _ in told - {large}}) == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+def test_label_maps_of_several_threads_are_those_of_one(dtype: DType) -> None:
+    images = [image for seed in range(4) for image in photos((48, 64), (64, 48), (33, 150), (40, 40), seed=seed)]
+    settings: dict[str, Any] = {"tiling": Tiling(size=96, overlap=32), "dtype": dtype}
+    alone = only(predictor(num_threads=1, **settings).predict(images))
+    assert_same(only(predictor(num_threads=2, **settings).predict(images)), alone)
 
 
 class Exhausted(nn.Module):
