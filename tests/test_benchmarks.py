@@ -30,7 +30,7 @@ def test_a_ratio_is_to_the_loops_beside_it(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(throughput.Suite, "_loops", lambda self: next(loops))
     monkeypatch.setattr(throughput, "OUT", tmp_path)
     suite = throughput.Suite.__new__(throughput.Suite)
-    suite._bare, suite._timed = [], []
+    suite._dtype, suite._bare, suite._timed = "float32", [], []
     for name, rate in (("slow", 15.0), ("fast", 60.0)):
         suite.run(name, lambda rate=rate: Timed(images_per_second=rate, around=(1.0, 2.0)))  # type: ignore[misc]
     throughput.write("some", {"date": "2026-11-23"}, {"ways": suite.rows()})

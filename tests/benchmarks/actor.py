@@ -39,8 +39,8 @@ def eager_loop(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) 
     return len(images) / (time.perf_counter() - began)
 
 
-def fast_loop(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) -> tuple[float, str]:
-    """Images per second of `Predictor` on frames that are decoded, and what it computes in."""
+def fast_loop(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) -> float:
+    """Images per second of `Predictor` on frames that are decoded."""
     predictor = build(way, device, dtype)
     images = [decode(frame.read_bytes(), MAX_PIXELS) for frame in frames]
     blocks = list(_split(images, BLOCK))
@@ -49,10 +49,10 @@ def fast_loop(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) -
     began = time.perf_counter()
     for block in blocks:
         predictor.predict(block)
-    return len(images) / (time.perf_counter() - began), dtype_of(predictor)
+    return len(images) / (time.perf_counter() - began)
 
 
-def from_jpeg(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) -> tuple[float, str]:
+def from_jpeg(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) -> float:
     """Likewise from the bytes of JPEG files in memory; all cores decode a block while the model labels the last."""
     predictor = build(way, device, dtype)
     blocks = list(_split([frame.read_bytes() for frame in frames], BLOCK))
@@ -70,18 +70,13 @@ def from_jpeg(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) -
         began = time.perf_counter()
         for images in decoded():
             predictor.predict(images)
-        return len(frames) / (time.perf_counter() - began), dtype_of(predictor)
+        return len(frames) / (time.perf_counter() - began)
 
 
 def build(way: eager.Way, device: str, dtype: str, **more: Any) -> Predictor:
     """The job's own; `more` are further settings."""
     more |= {"batch_size": eager.BATCH_SIZE, "device": device, "dtype": dtype, "num_threads": way.threads}
     return Predictor(way.weights.read_bytes, **more)
-
-
-def dtype_of(predictor: Predictor) -> str:
-    """What its forward pass computes in."""
-    return str(predictor._forward._dtype).removeprefix("torch.")
 
 
 def _split(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

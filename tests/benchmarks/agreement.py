@@ -34,7 +34,6 @@ from segray.label import Label
 from segray.model import Checkpoint
 from segray.predict import Prediction, Predictor
 from segray.statistics import ConfusionMatrix
-from tests.benchmarks.actor import dtype_of
 from tests.benchmarks.throughput import THREADS, machine, markdown
 
 VOID = 11
@@ -120,7 +119,7 @@ def main() -> None:
         {"way": name, "pixels alike": f"{alike[name] / num_pixels:.4%}", "mIoU": f"{miou[name]:.4f}"} for name in label
     ]
     print(markdown(rows))
-    of_model = f"{checkpoint.architecture}, {Label.dtype} is {dtype_of(default)}"
+    of_model = f"{checkpoint.architecture}, {Label.dtype} is {default._forward._dtype}"
     print(f"{len(paths)} images of CamVid's val, {of_model}, {machine(settings.device)}, torch {torch.__version__}")
     sys.exit(any(alike[name] < MIN_AGREEMENT * num_pixels or difference[name] > MAX_DIFFERENCE for name in label))
 

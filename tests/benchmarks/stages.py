@@ -100,11 +100,11 @@ def images_per_second(name: str, settings: Stages) -> float:
     return num_batches * settings.batch_size / (time.perf_counter() - begin)
 
 
-def of_model(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) -> tuple[float, float, str]:
-    """Milliseconds for an image of `Predictor`'s forward pass, with what comes before, and of its tail; and its dtype.
+def of_model(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) -> tuple[float, float]:
+    """Milliseconds for an image of `Predictor`'s forward pass, with what comes before, and of its tail.
 
     Args:
-        way: of it model, weights and threads.
+        way: of it model, weights and threads, which is to be one.
         frames: JPEG files of one size.
         device: where it runs.
         dtype: as `Predictor` takes it.
@@ -131,7 +131,7 @@ def of_model(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) ->
         forward.append(between - began)
         tail.append(ended - between)
     per_image = 1000 / len(batch)
-    return min(forward) * per_image, min(tail) * per_image, actor.dtype_of(predictor)
+    return min(forward) * per_image, min(tail) * per_image
 
 
 def of_feeding(frames: Sequence[Path], source: str | None = None, sink: str | None = None) -> dict[str, float]:

@@ -7,14 +7,16 @@
   recipe of Ray's documentation (`peer_ray.py`), a query of Daft (`peer_daft.py`; left out where it is not installed).
 - This job, from files to the label store: on the local disk, and on a real S3 server of the same machine.
 
-Frames are drawn scenes as JPEG; weights are random. A rate is that of the steady state: it counts from the first batch
-of label maps to the last, and what goes before and comes after, from the start of the interpreter to its end, is shown
-apart. The bare loops run before, between and after the others, and a ratio is to the mean of the two neighbours, since
-other work on the machine moves all of them.
+Frames are drawn scenes as JPEG. Weights are random: as --dtype auto judges what a model was trained to tell apart, the
+dtype in which the device is fast is asked for by name. A rate is that of the steady state: it counts from the first
+batch of label maps to the last, and what goes before and comes after, from the start of the interpreter to its end, is
+shown apart. The bare loops run before, between and after the others, and a ratio is to the mean of the two neighbours,
+since other work on the machine moves all of them.
 
 Then come what an image costs in each stage of the job (`stages.py`), and how far the forward pass is from what the
-machine could do (`roofline.py`). Where Ray is not installed, or with --no-ray, the actor's path alone is measured: the
-loops, and from the bytes of JPEG files to label maps. Tables (Markdown, CSV) and a plot go to build/benchmark.
+machine could do (`roofline.py`), both on one thread of a CPU. Where Ray is not installed, or with --no-ray, the actor's
+path alone is measured: the loops, and from the bytes of JPEG files to label maps. Tables (Markdown, CSV) and a plot go
+to build/benchmark.
 
 The peers run on CPUs alone. On a GPU the eager loop's convolutions in float32 are of TF32, as torch has it by default.
 """
@@ -47,7 +49,7 @@ from PIL import Image
 
 from segray.classes import Classes
 from segray.demo import scene
-from segray.label import Label
+from segray.forward import DType, fast_dtype
 from segray.model import Checkpoint
 from segray.predict import CPU_ENVIRONMENT
 from tests.benchmarks import actor, eager, roofline, stages
@@ -86,6 +88,11 @@ class Throughput:
     ray: bool = importlib.util.find_spec("ray") is not None
     """Measure the jobs, and not the actor's path alone."""
 
+    @property
+    def dtype(self) -> DType:
+        """In which the device is fast."""
+        return "bfloat16" if fast_dtype(torch.device(self.device)) == torch.bfloat16 else "float32"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timed:
@@ -104,6 +111,7 @@ class Suite:
 
     def __init__(self, settings: Throughput, way: eager.Way, frames: Sequence[Path]) -> None:
         self._device = settings.device
+        self._dtype = settings.dtype
         self._way = way
         self._frames = frames
         self._timed: list[tuple[str, Timed]] = []
@@ -119,16 +127,11 @@ class Suite:
 
     def _loops(self) -> tuple[Timed, Timed]:
         eager_rate = apart(actor.eager_loop, self._way, self._frames, self._device, "float32")
-        fast_rate, dtype = as_actor(self._device, actor.fast_loop, self._way, self._frames, self._device, Label.dtype)
-        loops = Timed(images_per_second=eager_rate), Timed(images_per_second=fast_rate, dtype=dtype)
+        fast_rate = as_actor(self._device, actor.fast_loop, self._way, self._frames, self._device, self._dtype)
+        loops = Timed(images_per_second=eager_rate), Timed(images_per_second=fast_rate, dtype=self._dtype)
         for name, loop in zip(("eager loop", "fast loop"), loops, strict=True):
             say(name, loop)
         return loops
-
-    @property
-    def dtype(self) -> str:
-        """What the fast loop computes in, which is what the job does where nothing is said."""
-        return self._bare[0][1].dtype
 
     def rows(self) -> list[Row]:
         """The table of all ways."""
@@ -136,7 +139,7 @@ class Suite:
         means = rates.mean(0)
         rows = [
             row("bare eager loop", Timed(images_per_second=means[0]), *means),
-            row("bare fast loop", Timed(images_per_second=means[1], dtype=self.dtype), *means),
+            row("bare fast loop", Timed(images_per_second=means[1], dtype=self._dtype), *means),
         ]
         for (name, timed), neighbours in zip(self._timed, (rates[:-1] + rates[1:]) / 2, strict=True):
             rows.append(row(name, timed, *neighbours))
@@ -224,9 +227,9 @@ def peer(name: str, way: eager.Way) -> Timed:
     return Timed(images_per_second=rate, around=(at[0] - began, ended - at[-1]))
 
 
-def this_job(way: eager.Way, source: str, sink: str, device: str, num_frames: int) -> Timed:
+def this_job(way: eager.Way, source: str, sink: str, settings: Throughput, num_frames: int) -> Timed:
     """Runs it."""
-    options = ("--model", str(way.weights), "--device", device)
+    options = ("--model", str(way.weights), "--device", settings.device, "--dtype", settings.dtype)
     _, began, ended = command("jobs/label.py", source, sink, *options)
     run = _read_json(f"{sink}/runs/*.json")
     assert run["counts"]["labelled"] == num_frames
@@ -271,7 +274,7 @@ def of_jobs(settings: Throughput, way: eager.Way, frames: Sequence[Path], root: 
             suite.run("Daft", partial(peer, "daft", way))
         else:
             print("Daft is not installed, and left out: pip install '.[benchmark]'", file=sys.stderr)
-    job = partial(this_job, way, device=settings.device, num_frames=len(frames))
+    job = partial(this_job, way, settings=settings, num_frames=len(frames))
     stage_frames = frames[:NUM_STAGE_FRAMES]
     suite.run("segray, from disk", partial(job, str(way.frames), str(root / "labels")))
     feeding = feeding_rows("disk", apart(stages.of_feeding, stage_frames, str(way.frames), str(root / "parts")))
@@ -287,14 +290,14 @@ def of_actor(settings: Throughput, way: eager.Way, frames: Sequence[Path]) -> tu
     frames = frames[: NUM_FRAMES[settings.model, settings.device][1]]
     suite = Suite(settings, way, frames)
 
-    def loop(function: Callable[..., tuple[float, str]], dtype: str) -> Timed:
-        rate, computed_in = as_actor(settings.device, function, way, frames, settings.device, dtype)
-        return Timed(images_per_second=rate, dtype=computed_in)
+    def loop(function: Callable[..., float], dtype: str) -> Timed:
+        rate = as_actor(settings.device, function, way, frames, settings.device, dtype)
+        return Timed(images_per_second=rate, dtype=dtype)
 
-    suite.run("from JPEG bytes", partial(loop, actor.from_jpeg, Label.dtype))
-    if (default := suite.dtype) != "float32":
-        eager_rate = partial(apart, actor.eager_loop, way, frames, settings.device, default)
-        suite.run("eager loop", lambda: Timed(images_per_second=eager_rate(), dtype=default))
+    suite.run("from JPEG bytes", partial(loop, actor.from_jpeg, settings.dtype))
+    if settings.dtype != "float32":
+        eager_rate = partial(apart, actor.eager_loop, way, frames, settings.device, settings.dtype)
+        suite.run("eager loop", lambda: Timed(images_per_second=eager_rate(), dtype=settings.dtype))
         suite.run("fast loop", partial(loop, actor.fast_loop, "float32"))
         suite.run("from JPEG bytes", partial(loop, actor.from_jpeg, "float32"))
     return suite.rows(), feeding_rows("memory", apart(stages.of_feeding, frames[:NUM_STAGE_FRAMES]))
@@ -307,16 +310,20 @@ def feeding_rows(where: str, milliseconds: dict[str, float]) -> list[Row]:
 
 
 def of_model(settings: Throughput, way: eager.Way, frames: Sequence[Path]) -> tuple[list[Row], list[Row]]:
-    """Stages of the model, and the roofline: FLOPs and bytes of an image, ceilings, floor and gap of forward passes."""
+    """Stages of the model, and the roofline: FLOPs and bytes of an image, ceilings, floor and gap of forward passes.
+
+    On a CPU all of it is one thread's, as each has images of its own.
+    """
+    way = dataclasses.replace(way, threads=1)
     device, (height, width) = settings.device, settings.size
     convolutions = roofline.convolutions(settings.model, height, width)
-    forward, tail, default = as_actor(device, stages.of_model, way, frames, device, Label.dtype)
-    milliseconds = {f"forward, {default}": forward, "tail": tail}
+    forward, tail = as_actor(device, stages.of_model, way, frames, device, settings.dtype)
+    milliseconds = {f"forward, {settings.dtype}": forward, "tail": tail}
     passes = [("eager", "float32", apart(roofline.eager_milliseconds, way, device, height, width))]
-    if default != "float32":
-        plain, _, _ = as_actor(device, stages.of_model, way, frames, device, "float32")
+    if settings.dtype != "float32":
+        plain, _ = as_actor(device, stages.of_model, way, frames, device, "float32")
         passes.append(("fast", "float32", plain))
-    passes.append(("fast", default, forward))
+    passes.append(("fast", settings.dtype, forward))
     ceilings = {dtype: apart(roofline.ceilings, device, way.threads, dtype) for _, dtype, _ in passes}
     rows = []
     for name, dtype, ms in passes:
