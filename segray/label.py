@@ -136,7 +136,7 @@ class Label:
     """Copies of the model: 4, or from 2:8 as the load asks; None: one a GPU, or one for each --threads CPUs."""
 
     threads: int | None = None
-    """CPU threads of each copy; None: 4, or what the smallest node has; with a GPU 1."""
+    """CPU threads of each copy, which share large images only; None: 4, or what the smallest node has; with GPUs 1."""
 
     def __post_init__(self) -> None:
         _bounds(self.actors)

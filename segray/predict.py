@@ -294,11 +294,11 @@ class Predictor:
     def _batches(self, indices: Sequence[int], height: int, width: int) -> Iterator["_Batch"]:
         """Splits items of one input size. How depends on nothing else, so that no label map depends on the others."""
         together = self._num_together(height, width)
-        each = together // self._num_threads
-        if self._num_threads == 1 or each < 2:
+        # One image alone costs as much as two; for two in each thread a third more may be in memory than a batch.
+        if self._num_threads == 1 or 2 * self._num_threads > together * 4 / 3:
             return ((some, False) for some in _split(indices, together))
         # Twice as many batches as there are threads, or most would wait for the last.
-        num_batches = math.ceil(len(indices) / max(2, each // 2))
+        num_batches = math.ceil(len(indices) / max(2, together // self._num_threads // 2))
         return ((indices[first::num_batches], True) for first in range(num_batches))
 
     def _predict_batches(

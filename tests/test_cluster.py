@@ -26,7 +26,7 @@ from tests.cluster import ROOT, Cluster, cluster, head_options, submitted, wait_
 from tests.label_store import newest_run
 from tests.s3 import Server
 
-NUM_PHOTOS = 2400  # a run is stopped, and a node killed, long before all are labelled
+NUM_PHOTOS = 1600  # a run is stopped, and a node killed, long before all are labelled
 NUM_SCENES = 24
 NUM_ON_GPUS = 256
 L4 = {"ray.io/accelerator-type": "L4"}
