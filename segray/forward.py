@@ -81,8 +81,7 @@ class Forward:
         has_own_dtype = next(module.parameters(), None) is None
         fast = torch.float32 if has_own_dtype else fast_dtype(device) if dtype == "auto" else getattr(torch, dtype)
         folded = module if has_own_dtype else _folded(module, example)
-        has_onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        if has_onednn and not has_own_dtype:
+        if device.type == "cpu" and not has_own_dtype and _has_onednn(fast):
             folded = _activated(folded, example)
         self._ways = [(folded, fast)] if folded is not module or fast != torch.float32 else []
         if dtype == "auto" and self._ways:
@@ -141,6 +140,14 @@ def fast_dtype(device: torch.device) -> torch.dtype:
         capabilities = torch.cpu.get_capabilities()
         is_fast = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if is_fast else torch.float32
+
+
+def _has_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN convolves in it on this CPU; where it does not, torch does."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    knows_bfloat16: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and knows_bfloat16)
 
 
 def fast_tail(device: torch.device) -> Tail:

@@ -245,9 +245,8 @@ class Source:
             return None if isinstance(found, Reject) else found
 
         remaining = iter(uris)
-        with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
-            while page := list(islice(remaining, _ENTRIES_PER_TABLE)):
-                yield from ((uri, found, None) for uri, found in zip(page, pool.map(version, page), strict=True))
+        while page := list(islice(remaining, _ENTRIES_PER_TABLE)):
+            yield from ((uri, found, None) for uri, found in zip(page, _threads().map(version, page), strict=True))
 
     def _uri_column(self, schema: pa.Schema) -> str:
         if self.column is not None:

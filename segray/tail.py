@@ -64,8 +64,8 @@ def blocked(
         row_weights, column_weights = (weights.float()[:, None, None] for weights in (row_weights, column_weights))
         top = int(tops[0])
         some = logits[:, top : int(tops[-1]) + 2].permute(2, 1, 0).contiguous()
-        left = some.index_select(0, lefts)
-        some = some.index_select(0, (lefts + 1).clamp_(max=w - 1)).sub_(left).mul_(column_weights).add_(left)
+        steps = torch.diff(some, dim=0, append=some[-1:])
+        some = steps.index_select(0, lefts).mul_(column_weights).add_(some.index_select(0, lefts))
         some = some.permute(1, 2, 0).contiguous()
         steps = torch.diff(some, dim=0, append=some[-1:])
         tops -= top

@@ -91,7 +91,9 @@ def test_a_batch_norm_that_cannot_be_folded_stays(kind: type[nn.Module]) -> None
 
 
 class Activated(nn.Module):
-    """Convolutions with activations behind them: once, twice the same, and one that is seen before it too."""
+    """Convolutions with activations behind them: one, one used twice, and one whose input may be seen besides."""
+
+    sees_past = False
 
     def __init__(self, kind: type[nn.Module]) -> None:
         super().__init__()
@@ -103,8 +105,6 @@ class Activated(nn.Module):
         before = self.fourth(there)
         result: Tensor = self.past(before) + before if self.sees_past else self.past(before)
         return result
-
-    sees_past = False
 
 
 @torch.inference_mode()
@@ -126,6 +126,15 @@ def test_an_activation_goes_with_its_convolution_where_nothing_else_sees_what_is
     made, choices = of(module)
     torch.testing.assert_close(made(EXAMPLE), expected, rtol=1e-6, atol=1e-6)
     assert choices == [Choice("float32", None)]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("has_onednn", [True, False])
+def test_activations_stay_where_onednn_does_not_convolve(has_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "_has_onednn", lambda dtype: has_onednn)
+    made, _ = of(Activated(nn.ReLU))
+    made(EXAMPLE)
+    assert any(isinstance(layer, forward._Activated) for layer in made._module.modules()) == has_onednn
 
 
 class Close(nn.Module):

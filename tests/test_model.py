@@ -475,11 +475,14 @@ def test_luma_is_of_red_green_and_blue_or_of_one_band() -> None:
 
 @pytest.mark.parametrize("scale", [1, 255])
 @pytest.mark.parametrize("channels", ["RGB", "BGR", "L"])
-def test_normalised_pixels_are_those_of_torchvisions_transforms(channels: Any, scale: Any) -> None:
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_normalised_pixels_are_those_of_torchvisions_transforms(
+    channels: Any, scale: Any, order: torch.memory_format
+) -> None:
     mean, std = tuple(0.1 * scale * (i + 1) for i in range(len(channels))), (0.2 * scale, 0.3 * scale, 0.4 * scale)
     preprocessing = Preprocessing(channels=channels, range=scale, mean=mean, std=std[: len(channels)])
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (2, 3, 8, 9), dtype=torch.uint8, generator=generator)
+    pixels = torch.randint(0, 256, (2, 3, 8, 9), dtype=torch.uint8, generator=generator).contiguous(memory_format=order)
     before = pixels.clone()
     ours = model.normalised(pixels, preprocessing)
     chosen = {"RGB": pixels, "BGR": pixels[:, [2, 1, 0]], "L": v2.Grayscale()(pixels)}[channels]

@@ -452,7 +452,7 @@ def test_small_images_have_a_thread_each_and_a_large_one_has_all() -> None:
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("dtype", ["float32", "auto"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_label_maps_of_several_threads_are_those_of_one(dtype: DType) -> None:
     images = [image for seed in range(4) for image in photos((48, 64), (64, 48), (33, 150), (40, 40), seed=seed)]
     settings: dict[str, Any] = {"tiling": Tiling(size=96, overlap=32), "dtype": dtype}
