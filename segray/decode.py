@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -10,13 +11,16 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from segray.errors import Reject
 
-__all__ = ["FORMATS", "MAX_PIXELS", "decode"]
+__all__ = ["FORMATS", "MAX_PIXELS", "Decoded", "decode", "decode_for"]
 
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF")
 """What is tried, by Pillow's names. A phone's JPEG with further pictures behind it (MPO) is a JPEG."""
 
 MAX_PIXELS = 178_956_970
 """That are decoded where nothing else is said: beyond them Pillow takes an image for an attack."""
+
+_REDUCTIONS = (8, 4, 2)
+_REDUCED_TO = 2  # times the side that is wanted, at least: what is averaged away is then too fine for it to show
 
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"II*\0", b"MM\0*", b"BM", b"GIF8")
 
@@ -30,9 +34,22 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# `decode` compares the header's size with its own limit before a pixel is allocated, for all
+_LYING = (5, 6, 7, 8)
+
+# `decode_for` compares the header's size with its own limit before a pixel is allocated, for all
 # formats alike; Pillow's limit would only warn up to twice its value.
 Image.MAX_IMAGE_PIXELS = None
+
+
+class Decoded(NamedTuple):
+    """An image, perhaps in fewer pixels than it has."""
+
+    pixels: UInt8[np.ndarray, "h w 3"]
+    """Those that were made of it."""
+    height: int
+    """Its own, in pixels."""
+    width: int
+    """Likewise."""
 
 
 def decode(data: bytes | memoryview, max_pixels: int) -> UInt8[np.ndarray, "height width 3"]:
@@ -51,6 +68,24 @@ def decode(data: bytes | memoryview, max_pixels: int) -> UInt8[np.ndarray, "heig
     Raises:
         Reject: empty, not an image, truncated or corrupt, animated, too many pixels, unsupported.
     """
+    return decode_for(data, max_pixels, None).pixels
+
+
+def decode_for(data: bytes | memoryview, max_pixels: int, side: int | None) -> Decoded:
+    """Likewise, of an image whose shorter side is to be brought to a length.
+
+    Of a JPEG of which a half, a quarter or an eighth is at least twice as long, and whole pixels, that is decoded: the
+    inverse cosine transform then gives fewer pixels of each block, in a third of the time. Brought to the length,
+    they differ from what all pixels give by less than a level of 255 in the mean.
+
+    Args:
+        data: as of `decode`.
+        max_pixels: likewise, of the image itself.
+        side: the length. None: it is to stay as it is.
+
+    Raises:
+        Reject: as `decode` does.
+    """
     if not data:
         raise Reject("decode", "empty", "the file has 0 bytes")
     # What Pillow warns of (odd EXIF, text chunks, palettes) decides no pixel, and would come by the million.
@@ -66,12 +101,15 @@ def decode(data: bytes | memoryview, max_pixels: int) -> UInt8[np.ndarray, "heig
             num_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             if num_frames > 1:
                 raise Reject("decode", "animated", f"a {image.format} of {num_frames} frames; give single images")
-            pixels = _jpeg(data, image)
+            pixels = _jpeg(data, image, side)
             if pixels is None:
                 image.load()
-                return _to_rgb(_upright(image, _orientation(image)))
-            orientation = _orientation(image)
-            return np.asarray(_upright(Image.fromarray(pixels), orientation)) if orientation in _UPRIGHT else pixels
+                pixels = _to_rgb(_upright(image, _orientation(image)))
+                return Decoded(pixels, *pixels.shape[:2])
+            height, width, orientation = image.height, image.width, _orientation(image)
+            if orientation in _UPRIGHT:
+                pixels = np.asarray(_upright(Image.fromarray(pixels), orientation))
+            return Decoded(pixels, *((width, height) if orientation in _LYING else (height, width)))
         except Reject:
             raise
         except Exception as error:  # as above: OSError, SyntaxError, struct.error, zlib.error, …
@@ -97,8 +135,8 @@ def _damaged(data: bytes | memoryview, error: Exception) -> Reject:
     return Reject("decode", kind, f"{type(error).__name__}: {error}")
 
 
-def _jpeg(data: bytes | memoryview, image: Image.Image) -> UInt8[np.ndarray, "height width 3"] | None:
-    """The pixels of a JPEG without a flaw, those that Pillow gives, in fewer copies; None of others."""
+def _jpeg(data: bytes | memoryview, image: Image.Image, side: int | None) -> UInt8[np.ndarray, "h w 3"] | None:
+    """The pixels of a JPEG without a flaw, as Pillow gives them, in fewer copies, or fewer of them; None of others."""
     if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
         return None
     octets = memoryview(data).cast("B")  # those of a column of Arrow are signed
@@ -106,10 +144,23 @@ def _jpeg(data: bytes | memoryview, image: Image.Image) -> UInt8[np.ndarray, "he
         # A damaged one may tell its size twice.
         if simplejpeg.decode_jpeg_header(octets)[:2] != (image.height, image.width):
             return None
-        pixels: np.ndarray = simplejpeg.decode_jpeg(octets, "RGB")
+        by = _reduction(image.height, image.width, side)
+        pixels: np.ndarray = simplejpeg.decode_jpeg(
+            octets, "RGB", min_height=image.height // by, min_width=image.width // by
+        )
         return pixels
     except ValueError:  # what is wrong with it, and whether it can be decoded after all, Pillow says
         return None
+
+
+def _reduction(height: int, width: int, side: int | None) -> int:
+    """By how much an image may be smaller, of which the shorter side is to be brought to a length."""
+    if side is not None:
+        for by in _REDUCTIONS:
+            # Of what is no whole number of blocks the last would be stretched, and all pixels moved a little.
+            if height % by == width % by == 0 and min(height, width) >= by * _REDUCED_TO * side:
+                return by
+    return 1
 
 
 def _orientation(image: Image.Image) -> int | None:

@@ -22,7 +22,7 @@ from tyro.conf import Positional
 from segray.classes import Classes
 from segray.errors import Reject, RunError, SettingsError, SinkError, SourceError, extra
 from segray.labelmap import decode_png
-from segray.source import look_up
+from segray.source import filesystem, look_up
 from segray.statistics import ConfusionMatrix
 from segray.store import LabelStore, image_name
 from segray.tile import Window
@@ -174,7 +174,7 @@ def evaluate(job: Evaluate) -> Evaluation:
     if window_size is not None:
         with extra("geo", "a target of a scene"):  # what is not installed shall be missed now
             import segray.scene  # noqa: F401
-    filesystem, targets = _list_targets(job.targets, _PNG if window_size is None else _GEOTIFF)
+    fs, targets = _list_targets(job.targets, _PNG if window_size is None else _GEOTIFF)
     target_of, images_without_target, used = _match(store, recipe_id, targets)
     targets_without_image = Unmatched()
     for name in targets.keys() - used:
@@ -193,8 +193,8 @@ def evaluate(job: Evaluate) -> Evaluation:
         path, row = pair
         prediction = decode_png(row["label_map"])
         if window_size is None:
-            return _compare(_read_png(filesystem.cat_file(path), path), path, prediction, row["uri"], classes)
-        target = _read_window(described(filesystem.unstrip_protocol(path)), row, window_size, classes.ignore_index)
+            return _compare(_read_png(fs.cat_file(path), path), path, prediction, row["uri"], classes)
+        target = _read_window(described(fs.unstrip_protocol(path)), row, window_size, classes.ignore_index)
         target[prediction == nodata] = classes.ignore_index
         return _compare(target, path, prediction, row["uri"], classes)
 
@@ -236,8 +236,8 @@ def evaluate(job: Evaluate) -> Evaluation:
 def _list_targets(uri: str, suffixes: tuple[str, ...]) -> tuple[Any, dict[str, list[str]]]:
     """The file system and, for each name, the paths of the files that bear it and one of these endings."""
     try:
-        filesystem, root = fsspec.core.url_to_fs(uri, use_listings_cache=False)
-        paths = filesystem.find(root)
+        fs, root = filesystem(uri)
+        paths = fs.find(root)
     except Exception as error:  # each store's client has exceptions of its own
         raise SourceError(f"{uri}: the targets cannot be listed: {error or type(error).__name__}") from error
     targets: dict[str, list[str]] = {}
@@ -249,7 +249,7 @@ def _list_targets(uri: str, suffixes: tuple[str, ...]) -> tuple[Any, dict[str, l
         if suffixes == _GEOTIFF:
             kind, wanted = ("GeoTIFF (*.tif)", "GeoTIFFs of class ids named like the scenes")
         raise SourceError(f"{uri}: there is no {kind}; give a folder or prefix of {wanted}")
-    return filesystem, targets
+    return fs, targets
 
 
 def _match(

@@ -32,7 +32,7 @@ import segray
 from segray import architecture, metrics, progress
 from segray.classes import Classes
 from segray.columns import binary
-from segray.decode import MAX_PIXELS, decode
+from segray.decode import MAX_PIXELS, Decoded, decode_for
 from segray.errors import Reject, RunError, SettingsError, SinkError, SourceError, extra
 from segray.labelmap import dtype_for, encode_png
 from segray.progress import Fetched, Ledger, Snapshot, Totals, is_json, note, print_table, say, say_as, watch
@@ -42,7 +42,7 @@ __all__ = ["Label", "Placement", "label", "place"]
 
 # Ray and torch are imported when the job starts, so that `--help` answers at once.
 
-_LABELLING = 2  # to be raised with any change of code that changes label maps: it begins new recipes
+_LABELLING = 3  # to be raised with any change of code that changes label maps: it begins new recipes
 _IMAGES_PER_BLOCK = 32, 512  # at first, and at most
 _WINDOWS_PER_BLOCK = 16, 64  # likewise; neighbours, which one task reads, decode what they share once
 _NUM_SMALL_BLOCKS = 1000
@@ -425,8 +425,9 @@ def _chain(
     fetch_arguments = {"done": done_ref, "column": job.column, "ledger": ledger, "whole": whole}
     entries: Any = ray.data.from_blocks(blocks)
     if job.scenes.size is None:
+        side = None if job.crf else checkpoint.preprocessing.resize  # a CRF sees every pixel
         decoded = entries.map_batches(_fetch, **task, fn_kwargs=fetch_arguments).map_batches(
-            _decode, **task, fn_kwargs={"max_pixels": job.max_pixels}
+            _decode, **task, fn_kwargs={"max_pixels": job.max_pixels, "side": side}
         )
     else:
         read_arguments = {"scenes": job.scenes, "area": area, "ledger": ledger}
@@ -675,35 +676,36 @@ def _read(windows: pa.Table, *, scenes: Scenes, area: Any, ledger: Any) -> Itera
     ray.get(ledger.fetched.remote(first, Fetched(num_seen=num_seen, num_present=0, is_shard=False)))
 
 
-def _decode(fetched: pa.Table, *, max_pixels: int) -> Iterator[pa.Table]:
-    return metrics.staged("decode", _decoded(fetched, max_pixels))
+def _decode(fetched: pa.Table, *, max_pixels: int, side: int | None) -> Iterator[pa.Table]:
+    return metrics.staged("decode", _decoded(fetched, max_pixels, side))
 
 
-def _decoded(fetched: pa.Table, max_pixels: int) -> Iterator[pa.Table]:
-    """`data` becomes `pixels` (HWC uint8, empty in a reject), `height` and `width`.
+def _decoded(fetched: pa.Table, max_pixels: int, side: int | None) -> Iterator[pa.Table]:
+    """`data` becomes `pixels` (HWC uint8 in `num_rows`, empty in a reject), beside the image's `height` and `width`.
 
     Yields a table whenever there are some 64 MiB of pixels, however small the files were.
     """
-    images: list[np.ndarray] = []
+    images: list[Decoded] = []
     stages, reasons = fetched["stage"].to_pylist(), fetched["reason"].to_pylist()
     first, size_bytes = 0, 0
     for row, data in enumerate(fetched["data"]):
-        image = np.empty((0, 0, 3), np.uint8)
+        image = Decoded(np.empty((0, 0, 3), np.uint8), 0, 0)
         if reasons[row] is None:
             try:
-                image = decode(memoryview(data.as_buffer()), max_pixels)
+                image = decode_for(memoryview(data.as_buffer()), max_pixels, side)
             except Reject as reject:
                 stages[row], reasons[row] = reject.stage, reject.reason
         images.append(image)
-        size_bytes += image.nbytes
+        size_bytes += image.pixels.nbytes
         if size_bytes >= _PIXEL_BYTES or row == fetched.num_rows - 1:
             some = fetched.slice(first, len(images))
             yield pa.table(
                 {
                     **{name: some[name] for name in ("image_id", "uri", "version")},
-                    "pixels": binary(images),
-                    "height": pa.array([image.shape[0] for image in images], pa.int32()),
-                    "width": pa.array([image.shape[1] for image in images], pa.int32()),
+                    "pixels": binary([image.pixels for image in images]),
+                    "num_rows": pa.array([len(image.pixels) for image in images], pa.int32()),
+                    "height": pa.array([image.height for image in images], pa.int32()),
+                    "width": pa.array([image.width for image in images], pa.int32()),
                     "stage": pa.array(stages[first : row + 1], pa.string()),
                     "reason": pa.array(reasons[first : row + 1], pa.string()),
                 }

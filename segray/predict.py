@@ -17,6 +17,7 @@ from torch import Tensor
 
 from segray import model
 from segray.crf import Crf, refine
+from segray.decode import Decoded
 from segray.errors import Reject, SettingsError
 from segray.forward import Choice, DType, Forward, fast_tail
 from segray.labelmap import dtype_for
@@ -35,9 +36,10 @@ faults take as long as the convolutions do. So it keeps up to 1 GiB of what was 
 """
 
 T = TypeVar("T")
-_Item = TypeVar("_Item", np.ndarray, "Raster")
+_Item = TypeVar("_Item", Decoded, "Raster")
 _Batch = tuple[Sequence[int], bool]  # whose items, and whether it is for one thread beside others
 
+_NUM_STREAMS = 2  # of a GPU: one computes, while the other's batch is copied to it or back
 _FULL_BATCH_SIDE = {"cuda": 640, "cpu": 360}  # a CPU gains little from more, and all share its memory
 _MAX_ASPECT = 64
 _EXAMPLE_SIDE = 64
@@ -155,17 +157,20 @@ class Predictor:
         self._tell_refined = refined
         has_own_threads = self._device.type != "cpu" or checkpoint.architecture == "onnx"
         self._num_threads = 1 if has_own_threads else torch.get_num_threads()
-        # Threads that share a layer wait for the slowest at each, and other processes have a claim to the cores too.
-        self._threads = ThreadPoolExecutor(self._num_threads, initializer=torch.set_num_threads, initargs=(1,))
+        if self._device.type == "cuda":
+            self._threads = ThreadPoolExecutor(_NUM_STREAMS, initializer=self._take_stream)
+        else:
+            # Threads that share a layer wait for the slowest at each, and other processes have a claim to the cores.
+            self._threads = ThreadPoolExecutor(self._num_threads, initializer=torch.set_num_threads, initargs=(1,))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Labels the decoded images, or the rasters, of a batch; its other rows (rejects) pass through.
 
         Args:
             batch: columns `height`, `width`, `stage`, `reason` (null unless it is a reject), any others, and of images
-                `pixels` (binary, HWC uint8 RGB); of rasters `values` (binary, CHW float32), `valid` (binary, HW
-                bool), `wanted` (binary, HW bool, of the core), `core_col_off`, `core_row_off`, `core_width`,
-                `core_height`.
+                `pixels` (binary, HWC uint8 RGB) with their `num_rows`; of rasters `values` (binary, CHW float32),
+                `valid` (binary, HW bool), `wanted` (binary, HW bool, of the core), `core_col_off`, `core_row_off`,
+                `core_width`, `core_height`.
 
         Returns:
             The other columns, in their order, with these replaced by `label_map` (binary, the
@@ -179,7 +184,7 @@ class Predictor:
         found = (
             self.predict_windows([_raster(batch, row) for row in wanted])
             if of_scenes
-            else self.predict([_image(batch, row) for row in wanted])
+            else self.predict_decoded([_image(batch, row) for row in wanted])
         )
         results: list[Prediction | Reject | None] = [None] * len(reasons)
         for row, result in zip(wanted, found, strict=True):
@@ -199,7 +204,7 @@ class Predictor:
             kept = batch.drop_columns([*read, "stage", "reason"])
             kept = kept.rename_columns([name.removeprefix("core_") for name in kept.column_names])
         else:
-            kept = batch.drop_columns(["pixels", "stage", "reason"])
+            kept = batch.drop_columns(["pixels", "num_rows", "stage", "reason"])
         if self._keeps_confidence:
             kept_maps = [None if p is None or p.confidence is None else p.confidence.tobytes() for p in predictions]
             columns["confidence"] = pa.array(kept_maps, pa.binary())
@@ -229,12 +234,23 @@ class Predictor:
                     f"the model sees the bands {', '.join(self._preprocessing.bands)} of scenes, and these are images"
                 )
             return self.predict_windows([Raster.whole(values) for values in images])
-        by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        return self.predict_decoded([Decoded(image, *image.shape[:2]) for image in images])
+
+    def predict_decoded(self, images: Sequence[Decoded]) -> list[Prediction | Reject]:
+        """Labels images of any sizes, whose pixels may be fewer than they have.
+
+        Args:
+            images: of fewer pixels, where the model resizes them and no CRF refines what it says, some.
+
+        Returns:
+            As `predict` does; label maps are of the images' own heights and widths.
+        """
+        alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, image in enumerate(images):
-            by_shape[image.shape].append(index)
+            alike[*image.pixels.shape[:2], image.height, image.width].append(index)
         results: list[Prediction | Reject] = [Reject("predict", "not predicted", "")] * len(images)
         batches: list[_Batch] = []
-        for (height, width, _), indices in by_shape.items():
+        for (_, _, height, width), indices in alike.items():
             if self._preprocessing.resize is not None and max(height, width) > _MAX_ASPECT * min(height, width):
                 # Its shorter side, brought to `resize`, would make the longer one fill the memory.
                 detail = f"{width}×{height}; where the model resizes, one side is at most {_MAX_ASPECT} times the other"
@@ -294,6 +310,9 @@ class Predictor:
     def _batches(self, indices: Sequence[int], height: int, width: int) -> Iterator["_Batch"]:
         """Splits items of one input size. How depends on nothing else, so that no label map depends on the others."""
         together = self._num_together(height, width)
+        if self._device.type == "cuda":
+            is_beside = not self._is_tiled(height, width)  # or twice the memory of the largest would be needed
+            return ((some, is_beside) for some in _split(indices, together))
         # One image alone costs as much as two; for two in each thread a third more may be in memory than a batch.
         if self._num_threads == 1 or 2 * self._num_threads > together * 4 / 3:
             return ((some, False) for some in _split(indices, together))
@@ -353,23 +372,21 @@ class Predictor:
         halves = items[: len(items) // 2], items[len(items) // 2 :]
         return [result for half in halves for result in self._predict_alike(label, half, way_out)]
 
-    def _label_images(
-        self, images: Sequence[UInt8[np.ndarray, "height width 3"]], num_tiles: int | None
-    ) -> list[Prediction]:
-        own = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        pixels = self._resized(own)
+    def _label_images(self, images: Sequence[Decoded], num_tiles: int | None) -> list[Prediction]:
+        given = self._stacked([image.pixels for image in images]).permute(0, 3, 1, 2)
+        height, width = own_size = images[0].height, images[0].width
+        pixels = self._resized(given, *self._input_size(*own_size))
         if self._is_tiled(*pixels.shape[-2:]):
-            return [self._predict_tiled(*pair, num_tiles) for pair in zip(own, pixels, strict=True)]
+            return [self._predict_tiled(*pair, own_size, num_tiles) for pair in zip(given, pixels, strict=True)]
         fed = model.normalised(pixels, self._preprocessing)
-        if self._crf is not None or pixels.shape != own.shape:
-            return self._label(self._logits(fed, self._multiple), own)
+        if self._crf is not None or pixels.shape[-2:] != own_size:
+            return self._label(self._logits(fed, self._multiple), given, own_size)
         logits, grid = self._coarse_logits(fed, self._multiple)
-        height, width = own.shape[-2:]
         return [self._prediction(of_image, grid, Window(0, 0, width, height)) for of_image in logits]
 
     def _label_rasters(self, rasters: Sequence[Raster], num_tiles: int | None) -> list[Prediction]:
-        values = torch.from_numpy(np.stack([raster.values for raster in rasters])).to(self._device)
-        valid = torch.from_numpy(np.stack([raster.valid for raster in rasters])).to(self._device)
+        values = self._stacked([raster.values for raster in rasters])
+        valid = self._stacked([raster.valid for raster in rasters])
         fed = model.normalised(values, self._preprocessing).masked_fill_(~valid[:, None], 0)
         if self._is_tiled(*fed.shape[-2:]):
             return [self._label_raster_tiled(*pair, num_tiles) for pair in zip(rasters, fed, strict=True)]
@@ -393,13 +410,25 @@ class Predictor:
         num_pixels = min(height, side) * min(width, side)
         return max(1, min(self._batch_size, self._batch_size * _FULL_BATCH_SIDE[self._device.type] ** 2 // num_pixels))
 
-    def _resized(self, images: UInt8[Tensor, "batch 3 height width"]) -> UInt8[Tensor, "batch 3 h w"]:
-        pixels = images.to(self._device)
+    def _take_stream(self) -> None:
+        """Gives this thread a stream: while it computes, the other's copies go on, and so does its work on the CPU."""
+        torch.cuda.set_stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
+
+    def _stacked(self, arrays: Sequence[np.ndarray]) -> Tensor:
+        """On the device; to a GPU from pinned memory, of which it takes the copy itself."""
+        shape, dtype = (len(arrays), *arrays[0].shape), torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
+        stacked = torch.empty(shape, dtype=dtype, pin_memory=self._device.type == "cuda")
+        np.stack(arrays, out=stacked.numpy())
+        return stacked.to(self._device, non_blocking=True)
+
+    def _resized(
+        self, pixels: UInt8[Tensor, "batch 3 height width"], h: int, w: int
+    ) -> UInt8[Tensor, "batch 3 {h} {w}"]:
         if self._preprocessing.resize is None:
             return pixels
         from torchvision.transforms.functional import InterpolationMode, resize  # which takes a second to import
 
-        resized: Tensor = resize(pixels, [self._preprocessing.resize], InterpolationMode.BILINEAR, antialias=True)
+        resized: Tensor = resize(pixels, [h, w], InterpolationMode.BILINEAR, antialias=True)
         return resized
 
     def _logits(
@@ -429,7 +458,11 @@ class Predictor:
         return least + -least % multiple - length
 
     def _predict_tiled(
-        self, image: UInt8[Tensor, "3 height width"], pixels: UInt8[Tensor, "3 h w"], num_together: int | None
+        self,
+        image: UInt8[Tensor, "3 _ _"],
+        pixels: UInt8[Tensor, "3 h w"],
+        own_size: tuple[int, int],
+        num_together: int | None,
     ) -> Prediction:
         input_height, input_width = pixels.shape[-2:]
         together = num_together or self._num_together(input_height, input_width)
@@ -442,8 +475,8 @@ class Predictor:
                 yield from zip(some, self._logits(fed, self._multiple), strict=True)
 
         bands = (band[None] for band in self._stitched(tiles(), cut[0], input_width))
-        if self._crf is not None or pixels.shape != image.shape:
-            return self._label(torch.cat(list(bands), dim=2), image[None])[0]
+        if self._crf is not None or pixels.shape[-2:] != own_size:
+            return self._label(torch.cat(list(bands), dim=2), image[None], own_size)[0]
         return _joined([self._prediction(band[0], *_as_they_are(band[0])) for band in bands])
 
     def _label_raster_tiled(
@@ -507,10 +540,13 @@ class Predictor:
         )
 
     def _label(
-        self, logits: Float[Tensor, "batch num_classes h w"], images: UInt8[Tensor, "batch 3 height width"]
+        self,
+        logits: Float[Tensor, "batch num_classes h w"],
+        images: UInt8[Tensor, "batch 3 _ _"],
+        own_size: tuple[int, int],
     ) -> list[Prediction]:
         """Logits, brought to the images' own size, to label maps."""
-        height, width = images.shape[-2:]
+        height, width = own_size
         grid, window = Grid(height, width), Window(0, 0, width, height)
         return [
             self._prediction(self._refined(of_image, image), grid, window)
@@ -526,7 +562,7 @@ class Predictor:
         self._synchronise()
         began = time.perf_counter()
         full = _resized_to(logits[None], Grid(*image.shape[-2:]))[0]
-        probabilities = refine(full, image.to(self._device), self._crf)
+        probabilities = refine(full, image, self._crf)
         refined = probabilities.clamp_(min=torch.finfo(probabilities.dtype).tiny).log_()
         self._synchronise()
         self._tell_refined(time.perf_counter() - began)
@@ -589,9 +625,10 @@ def _resized_to(
     return F.interpolate(logits, size, mode="bilinear", align_corners=grid.align_corners)
 
 
-def _image(batch: pa.Table, row: int) -> UInt8[np.ndarray, "_ _ 3"]:
-    height, width = (batch[name][row].as_py() for name in ("height", "width"))
-    return np.frombuffer(batch["pixels"][row].as_buffer(), np.uint8).reshape(height, width, 3)
+def _image(batch: pa.Table, row: int) -> Decoded:
+    num_rows, height, width = (batch[name][row].as_py() for name in ("num_rows", "height", "width"))
+    pixels = np.frombuffer(batch["pixels"][row].as_buffer(), np.uint8).reshape(num_rows, -1, 3)
+    return Decoded(pixels, height, width)
 
 
 def _raster(batch: pa.Table, row: int) -> Raster:
@@ -609,8 +646,8 @@ def _raster(batch: pa.Table, row: int) -> Raster:
     )
 
 
-def _size(item: np.ndarray | Raster) -> tuple[int, int]:
-    height, width = item.valid.shape if isinstance(item, Raster) else item.shape[:2]
+def _size(item: Decoded | Raster) -> tuple[int, int]:
+    height, width = item.valid.shape if isinstance(item, Raster) else (item.height, item.width)
     return height, width
 
 

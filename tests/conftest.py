@@ -56,6 +56,15 @@ def camvid() -> Path:
 
 
 @pytest.fixture(scope="session")
+def field_photo() -> Path:
+    """A photograph of a field, a JPEG of 3264×2448."""
+    path = _DATA / "field-3264x2448/IMG_3462.JPG"
+    if not path.is_file():
+        pytest.skip(f"no photograph at {path}; SEGRAY_TEST_DATA names the folder that holds its folder")
+    return path
+
+
+@pytest.fixture(scope="session")
 def landsat8() -> Path:
     """One Landsat 8 scene: a file a band, at 30 m but for band 8 at 15 m."""
     folder = _DATA / "landsat8-cloudy"

@@ -2,16 +2,20 @@ import io
 import warnings
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms.functional import resize
 
-from segray.decode import decode
+from segray.decode import Decoded, decode, decode_for
+from segray.demo import scene
 from segray.errors import Reject
 from tests.awful import awful_files, encoded, noise, png
 
@@ -235,6 +239,60 @@ def test_exif_orientation_is_applied(orientation: int, image_format: str) -> Non
     pixels = decode(encoded(stored, image_format, exif=exif, **options[image_format]), MAX_PIXELS)
     assert_is_image(pixels, 32, 48)
     assert np.abs(pixels.astype(int) - upright).max() <= (4 if image_format == "JPEG" else 0)
+
+
+def brought_to(pixels: np.ndarray, side: int) -> np.ndarray:
+    """As a model is fed it."""
+    resized: np.ndarray = resize(torch.from_numpy(pixels.copy()).permute(2, 0, 1), [side], antialias=True).numpy()
+    return resized.astype(int)
+
+
+def assert_reduced(reduced: Decoded, whole: np.ndarray, side: int) -> None:
+    """That it has fewer pixels, and as many as it should, which give the model what all would."""
+    assert (reduced.height, reduced.width) == whole.shape[:2]
+    shorter = min(reduced.pixels.shape[:2])
+    assert 2 * side <= shorter < min(whole.shape[:2])
+    difference = np.abs(brought_to(reduced.pixels, side) - brought_to(whole, side))
+    assert difference.mean() < 1
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_a_jpeg_that_is_to_be_smaller_is_decoded_to_fewer_pixels(orientation: int) -> None:
+    image = Image.fromarray(scene(0)[0]).resize((640, 480), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for options in ({"quality": 92}, {"quality": 75, "progressive": True}, {"quality": 92, "subsampling": 0}):
+        data = encoded(image, "JPEG", exif=exif, **options)
+        assert_reduced(decode_for(data, MAX_PIXELS, 96), decode(data, MAX_PIXELS), 96)
+
+
+def test_grey_photographs_are_decoded_to_fewer_pixels_too() -> None:
+    data = encoded(Image.fromarray(scene(0)[0]).resize((640, 480)).convert("L"), "JPEG")
+    assert_reduced(decode_for(data, MAX_PIXELS, 60), decode(data, MAX_PIXELS), 60)
+
+
+@pytest.mark.parametrize("side", [130, 520])
+def test_a_real_photograph_is_decoded_to_fewer_pixels(side: int, field_photo: Path) -> None:
+    data = field_photo.read_bytes()
+    assert_reduced(decode_for(data, MAX_PIXELS, side), decode(data, MAX_PIXELS), side)
+
+
+@pytest.mark.parametrize(
+    ("image_format", "height", "side"),
+    [("JPEG", 32, 9), ("JPEG", 32, 100), ("JPEG", 33, 2), ("PNG", 32, 2), ("WEBP", 32, 2)],
+)
+def test_what_would_be_too_small_or_moved_and_other_formats_keep_all_pixels(
+    image_format: str, height: int, side: int
+) -> None:
+    data = encoded(noise(height, 40), image_format)
+    decoded = decode_for(data, MAX_PIXELS, side)
+    assert (decoded.height, decoded.width) == (height, 40)
+    np.testing.assert_array_equal(decoded.pixels, decode(data, MAX_PIXELS))
+
+
+def test_the_bound_of_pixels_is_of_those_that_an_image_has() -> None:
+    with pytest.raises(Reject, match="too many pixels"):
+        decode_for(encoded(noise(64, 64), "JPEG"), 64 * 64 - 1, 8)
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0no tags at all", b"Exif\0\0MM\0\x2a\xff\xff\xff\xff", b"Exif\0\0"])

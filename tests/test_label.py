@@ -28,12 +28,14 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
+from segray import demo
 from segray.crf import Crf
+from segray.decode import MAX_PIXELS, decode, decode_for
 from segray.errors import Locked, RunError, SettingsError, SourceError
 from segray.label import Label, _deadline, label, place
 from segray.labelmap import decode_png
 from segray.lock import hold
-from segray.model import Preprocessing, load
+from segray.model import Checkpoint, Preprocessing, load
 from segray.predict import Prediction, Predictor
 from segray.tile import Tiling
 from tests.awful import awful_files
@@ -356,7 +358,7 @@ def test_a_crf_is_another_recipe_and_the_run_says_what_it_took_and_in_which_prec
 
     recipes = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "labels/recipes").iterdir()}
     decisive = {
-        "labelling": 2,
+        "labelling": 3,
         "model": recipes[run["recipe"]]["model"]["digest"],
         "tiling": {"size": 1024, "overlap": 128, "blend": "cosine"},
         "dtype": "auto",
@@ -371,6 +373,34 @@ def test_a_crf_is_another_recipe_and_the_run_says_what_it_took_and_in_which_prec
         label_maps[row["recipe"]][name_of(row["uri"])] = row["label_map"]
     assert label_maps[plain].keys() == label_maps[run["recipe"]].keys()
     assert label_maps[plain] != label_maps[run["recipe"]]
+
+
+def test_photographs_that_are_decoded_to_fewer_pixels_get_label_maps_of_their_own_size(
+    tmp_path: Path, ray_cluster: None
+) -> None:
+    demo_model = Checkpoint.from_bytes(Path(demo.__file__).with_name("demo.safetensors").read_bytes())
+    preprocessing = dataclasses.replace(demo_model.preprocessing, resize=96)
+    resizing = tmp_path / "resizing.safetensors"
+    resizing.write_bytes(dataclasses.replace(demo_model, preprocessing=preprocessing).to_bytes())
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for seed in range(3):
+        Image.fromarray(demo.scene(seed)[0]).resize((640, 480)).save(photos / f"{seed}.jpg", quality=95)
+    job = Label(source=str(photos), sink=str(tmp_path / "labels"), model=str(resizing), dtype="float32")
+    label(job)
+    predictor = Predictor(resizing.read_bytes)
+    rows = read_store(job.sink, "label_maps").to_pylist()
+    assert len(rows) == 3
+    for row in rows:
+        label_map = decode_png(row["label_map"])
+        data = (photos / name_of(row["uri"])).read_bytes()
+        [reduced] = predictor.predict_decoded([decode_for(data, MAX_PIXELS, 96)])
+        [whole] = predictor.predict([decode(data, MAX_PIXELS)])
+        assert isinstance(reduced, Prediction)
+        assert isinstance(whole, Prediction)
+        np.testing.assert_array_equal(label_map, reduced.label_map)
+        assert label_map.shape == (480, 640)
+        assert 0.98 < (label_map == whole.label_map).mean() < 1
 
 
 def test_a_killed_actor_starts_again_with_its_weights_and_no_image_is_lost(

@@ -14,17 +14,20 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms._presets import SemanticSegmentation
 
 from segray import demo, model
 from segray.classes import Classes
 from segray.crf import Crf, refine
+from segray.decode import MAX_PIXELS, decode, decode_for
 from segray.errors import Reject, SettingsError
 from segray.forward import DType, Forward
 from segray.model import Preprocessing
 from segray.predict import Prediction, Predictor, Raster
 from segray.tile import Tiling, Window
+from tests.awful import encoded
 from tests.conftest import CAMVID_CLASSES, random_checkpoint
 from tests.graphs import convolutions, described, write
 
@@ -155,6 +158,21 @@ def test_torchvisions_own_forward_pass_gives_the_same_label_map(name: str, resiz
         batch = transforms(torch.from_numpy(image).permute(2, 0, 1))[None]
         assert_is_argmax(prediction.label_map, module, batch, *image.shape[:2])
         assert_consistent(prediction, image, len(CAMVID_CLASSES))
+
+
+def test_an_image_decoded_to_fewer_pixels_gets_the_label_map_of_all_of_them_at_its_own_size() -> None:
+    checkpoint = model.Checkpoint.from_bytes(DEMO.read_bytes())
+    resizing = dataclasses.replace(checkpoint, preprocessing=dataclasses.replace(checkpoint.preprocessing, resize=128))
+    large = [Image.fromarray(demo.scene(seed)[0]).resize((960, 640), Image.Resampling.BICUBIC) for seed in range(2)]
+    files = [encoded(image, "JPEG", quality=95) for image in large]
+    for tiling in (Tiling(), Tiling(size=96, overlap=16)):
+        predictor = Predictor(resizing.to_bytes, tiling=tiling)
+        whole = only(predictor.predict([decode(data, MAX_PIXELS) for data in files]))
+        decoded = [decode_for(data, MAX_PIXELS, 128) for data in files]
+        assert all(len(image.pixels) == 320 for image in decoded)
+        for expected, given_ in zip(whole, only(predictor.predict_decoded(decoded)), strict=True):
+            assert given_.label_map.shape == (640, 960)
+            assert (given_.label_map == expected.label_map).mean() > 0.99
 
 
 def test_at_torchvisions_own_size_the_label_map_is_the_same_too() -> None:
@@ -365,6 +383,7 @@ def batch_of(images: Sequence[np.ndarray | None]) -> pa.Table:
         {
             "image_id": pa.array([str(index) for index in range(len(images))], pa.string()),
             "pixels": pa.array([None if i is None else i.tobytes() for i in images], pa.large_binary()),
+            "num_rows": pa.array([None if i is None else i.shape[0] for i in images], pa.int32()),
             "height": pa.array([None if i is None else i.shape[0] for i in images], pa.int32()),
             "width": pa.array([None if i is None else i.shape[1] for i in images], pa.int32()),
             "stage": pa.array(["decode" if i is None else None for i in images], pa.string()),
@@ -575,6 +594,16 @@ def test_a_crf_on_a_gpu_gives_the_label_maps_of_the_cpu() -> None:
         on_gpu = only(Predictor(DEMO.read_bytes, tiling=tiling, crf=Crf(), device="cuda").predict(images))
         for expected, given_ in zip(on_cpu, on_gpu, strict=True):
             assert (expected.label_map == given_.label_map).mean() >= 0.9999
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_each_image_of_many_batches_gets_its_own_label_map() -> None:
+    images = [demo.scene(seed)[0] for seed in range(24)]
+    predictor = Predictor(DEMO.read_bytes, batch_size=2, device="cuda")
+    for _ in range(5):  # batches of two streams pass each other differently
+        for image, given_ in zip(images, only(predictor.predict(images)), strict=True):
+            (alone,) = only(predictor.predict([image]))
+            assert (alone.label_map == given_.label_map).mean() >= 0.9999
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

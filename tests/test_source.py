@@ -19,12 +19,25 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
 from segray.errors import Reject, RunError, SourceError
-from segray.source import ENTRIES, FETCHED, Source, fetch, image_id, is_shard, known, read_images, tar_samples
+from segray.source import (
+    ENTRIES,
+    FETCHED,
+    Source,
+    fetch,
+    filesystem,
+    image_id,
+    is_shard,
+    known,
+    read_images,
+    tar_samples,
+)
+from tests.s3 import Server
 
 NOTHING = np.array([], "S32")
 
@@ -523,6 +536,23 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
+
+
+def test_an_object_of_s3_is_asked_for_once(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    fs, _ = filesystem("s3://segray")
+    paths = [f"segray/source/once/{number}.jpg" for number in range(3)]
+    fs.pipe({path: path.encode() for path in paths})
+    asked: list[str] = []
+    call = s3fs.S3FileSystem._call_s3
+
+    async def recorded(self: s3fs.S3FileSystem, method: str, *args: Any, **kwargs: Any) -> Any:
+        asked.append(method)
+        return await call(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", recorded)
+    rows = asked_for(*(f"s3://{path}" for path in paths))
+    assert [row["data"] for row in rows] == [path.encode() for path in paths]
+    assert asked == ["get_object"] * 3
 
 
 def asked_for(*uris: str, size_bytes: int | None = None) -> list[dict[str, Any]]:
