@@ -157,7 +157,7 @@ def _reduction(height: int, width: int, side: int | None) -> int:
     """By how much an image may be smaller, of which the shorter side is to be brought to a length."""
     if side is not None:
         for by in _REDUCTIONS:
-            # Of what is no whole number of blocks the last would be stretched, and all pixels moved a little.
+            # Of what is no whole number of pixels the last would be stretched, and all others moved a little.
             if height % by == width % by == 0 and min(height, width) >= by * _REDUCED_TO * side:
                 return by
     return 1

@@ -109,7 +109,8 @@ class Forward:
 
     def _logits(self, module: nn.Module, dtype: torch.dtype, values: Tensor) -> Tensor:
         values = values.contiguous(memory_format=self._memory_format(dtype))
-        with torch.autocast(self._device.type, dtype, enabled=dtype != torch.float32):
+        # The cache of weights is one of all threads and streams, and each is used once.
+        with torch.autocast(self._device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
             return model.logits(module, values).float()
 
     def _choose(self, values: Tensor) -> None:

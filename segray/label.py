@@ -733,11 +733,16 @@ class _Predictor:
         )
         ledger.beat.remote()
 
-    def __call__(self, decoded: pa.Table) -> pa.Table:
-        with metrics.stage("predict"):
-            predicted = self._predictor(decoded)
-        self._ledger.predicted.remote(predicted.num_rows)
-        return predicted
+    def __call__(self, decoded: pa.Table) -> Iterator[pa.Table]:
+        """Label maps of some 64 Mi pixels at a time, which may be many times as many as were decoded."""
+        shapes = zip(decoded["height"].to_pylist(), decoded["width"].to_pylist(), strict=True)
+        num_pixels = np.array([height * width for height, width in shapes], np.int64)
+        parts = (np.cumsum(num_pixels) - num_pixels) // _PIXEL_BYTES
+        for begin, end in pairwise([0, *np.flatnonzero(np.diff(parts)) + 1, decoded.num_rows]):
+            with metrics.stage("predict"):
+                predicted = self._predictor(decoded.slice(begin, end - begin))
+            self._ledger.predicted.remote(predicted.num_rows)
+            yield predicted
 
 
 def _encode(predicted: pa.Table, *, classes: Classes, ledger: Any) -> pa.Table:

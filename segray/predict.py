@@ -40,8 +40,10 @@ _Item = TypeVar("_Item", Decoded, "Raster")
 _Batch = tuple[Sequence[int], bool]  # whose items, and whether it is for one thread beside others
 
 _NUM_STREAMS = 2  # of a GPU: one computes, while the other's batch is copied to it or back
+_MAX_PINNED_BYTES = 2**28  # which torch keeps for the next batch
 _FULL_BATCH_SIDE = {"cuda": 640, "cpu": 360}  # a CPU gains little from more, and all share its memory
 _MAX_ASPECT = 64
+_NO_MEMORY = "out of memory"
 _EXAMPLE_SIDE = 64
 
 
@@ -158,7 +160,7 @@ class Predictor:
         has_own_threads = self._device.type != "cpu" or checkpoint.architecture == "onnx"
         self._num_threads = 1 if has_own_threads else torch.get_num_threads()
         if self._device.type == "cuda":
-            self._threads = ThreadPoolExecutor(_NUM_STREAMS, initializer=self._take_stream)
+            self._threads = ThreadPoolExecutor(_NUM_STREAMS, initializer=_take_stream, initargs=(self._device,))
         else:
             # Threads that share a layer wait for the slowest at each, and other processes have a claim to the cores.
             self._threads = ThreadPoolExecutor(self._num_threads, initializer=torch.set_num_threads, initargs=(1,))
@@ -311,7 +313,8 @@ class Predictor:
         """Splits items of one input size. How depends on nothing else, so that no label map depends on the others."""
         together = self._num_together(height, width)
         if self._device.type == "cuda":
-            is_beside = not self._is_tiled(height, width)  # or twice the memory of the largest would be needed
+            # Or twice the memory of the largest would be needed.
+            is_beside = not self._is_tiled(height, width) and self._crf is None
             return ((some, is_beside) for some in _split(indices, together))
         # One image alone costs as much as two; for two in each thread a third more may be in memory than a batch.
         if self._num_threads == 1 or 2 * self._num_threads > together * 4 / 3:
@@ -328,7 +331,10 @@ class Predictor:
         way_out: str,
         results: list[Prediction | Reject],
     ) -> None:
-        """Sets the results of all batches: first of those that are each one thread's, side by side."""
+        """Sets the results of all batches: first of those that are each one thread's, side by side.
+
+        What lacked memory beside others is tried again alone.
+        """
 
         def predict(some: Sequence[int]) -> Sequence[Prediction | Reject]:
             return self._predict_alike(label, [items[index] for index in some], way_out)
@@ -338,6 +344,9 @@ class Predictor:
             for some, predictions in zip(chosen, apply(predict, chosen), strict=True):
                 for index, prediction in zip(some, predictions, strict=True):
                     results[index] = prediction
+                    lacked_memory = isinstance(prediction, Reject) and prediction.kind == _NO_MEMORY
+                    if lacked_memory and chosen is beside:
+                        alone.append([index])
 
     @torch.inference_mode()
     def _predict_alike(
@@ -410,14 +419,11 @@ class Predictor:
         num_pixels = min(height, side) * min(width, side)
         return max(1, min(self._batch_size, self._batch_size * _FULL_BATCH_SIDE[self._device.type] ** 2 // num_pixels))
 
-    def _take_stream(self) -> None:
-        """Gives this thread a stream: while it computes, the other's copies go on, and so does its work on the CPU."""
-        torch.cuda.set_stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
-
     def _stacked(self, arrays: Sequence[np.ndarray]) -> Tensor:
-        """On the device; to a GPU from pinned memory, of which it takes the copy itself."""
+        """On the device; to a GPU from pinned memory, of which it takes the copy itself, unless that is large."""
         shape, dtype = (len(arrays), *arrays[0].shape), torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
-        stacked = torch.empty(shape, dtype=dtype, pin_memory=self._device.type == "cuda")
+        is_pinned = self._device.type == "cuda" and len(arrays) * arrays[0].nbytes <= _MAX_PINNED_BYTES
+        stacked = torch.empty(shape, dtype=dtype, pin_memory=is_pinned)
         np.stack(arrays, out=stacked.numpy())
         return stacked.to(self._device, non_blocking=True)
 
@@ -610,6 +616,11 @@ class Predictor:
         )
 
 
+def _take_stream(device: torch.device) -> None:
+    """Gives this thread a stream of its own: while it computes, the copies of others go on."""
+    torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+
+
 def _as_they_are(logits: Float[Tensor, "num_classes height width"]) -> tuple[Grid, Window]:
     """The grid of logits of which each is meant for a pixel, and all of it."""
     _, height, width = logits.shape
@@ -665,7 +676,7 @@ def _joined(parts: Sequence[Prediction]) -> Prediction:
 def _failed(error: Exception, height: int, width: int, way_out: str) -> Reject:
     text = " ".join(str(error).split())[:300]
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "memory" in text:
-        return Reject("predict", "out of memory", f"{width}×{height} alone; {way_out}: {text}")
+        return Reject("predict", _NO_MEMORY, f"{width}×{height} alone; {way_out}: {text}")
     return Reject("predict", "the model failed", f"{width}×{height}: {text}")
 
 

@@ -44,12 +44,13 @@ def assert_is_image(pixels: np.ndarray, height: int, width: int) -> None:
     assert pixels.flags.c_contiguous
 
 
+@pytest.mark.parametrize("side", [None, 2])
 @pytest.mark.parametrize("name", AWFUL)
-def test_an_awful_file_is_a_reject_of_its_kind(name: str) -> None:
+def test_an_awful_file_is_a_reject_of_its_kind(name: str, side: int | None) -> None:
     data, kind = AWFUL[name]
     with warnings.catch_warnings(), pytest.raises(Reject) as caught:
         warnings.simplefilter("error")
-        decode(data, MAX_PIXELS)
+        decode_for(data, MAX_PIXELS, side)
     assert (caught.value.stage, caught.value.kind) == ("decode", kind)
     assert caught.value.detail
     assert "\n" not in caught.value.reason

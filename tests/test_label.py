@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
+import ray
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
@@ -32,7 +33,7 @@ from segray import demo
 from segray.crf import Crf
 from segray.decode import MAX_PIXELS, decode, decode_for
 from segray.errors import Locked, RunError, SettingsError, SourceError
-from segray.label import Label, _deadline, label, place
+from segray.label import Label, _deadline, _Predictor, _start_ledger, label, place
 from segray.labelmap import decode_png
 from segray.lock import hold
 from segray.model import Checkpoint, Preprocessing, load
@@ -401,6 +402,33 @@ def test_photographs_that_are_decoded_to_fewer_pixels_get_label_maps_of_their_ow
         np.testing.assert_array_equal(label_map, reduced.label_map)
         assert label_map.shape == (480, 640)
         assert 0.98 < (label_map == whole.label_map).mean() < 1
+
+
+def test_label_maps_that_are_larger_than_what_was_decoded_come_in_parts(
+    small_model: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segray.label._PIXEL_BYTES", 2 * 20 * 30)
+    predictor = _Predictor(
+        read_checkpoint=Path(small_model).read_bytes, ledger=_start_ledger(ray, "run", None, None), num_threads=1
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 20, 30, 3), np.uint8)
+    decoded = pa.table(
+        {
+            "image_id": [str(number) for number in range(6)],
+            "pixels": [*(image.tobytes() for image in pixels), b""],
+            "num_rows": pa.array([20] * 5 + [0], pa.int32()),
+            "height": pa.array([20] * 5 + [0], pa.int32()),
+            "width": pa.array([30] * 5 + [0], pa.int32()),
+            "stage": pa.array([None] * 5 + ["decode"], pa.string()),
+            "reason": pa.array([None] * 5 + ["empty: the file has 0 bytes"], pa.string()),
+        }
+    )
+    parts = list(predictor(decoded))
+    assert [part.num_rows for part in parts] == [2, 2, 2]
+    assert pa.concat_tables(parts)["image_id"] == decoded["image_id"]
+    assert [len(label_map or b"") for part in parts for label_map in part["label_map"].to_pylist()] == [600] * 5 + [0]
+    [none] = predictor(decoded.slice(0, 0))
+    assert none.schema == parts[0].schema
 
 
 def test_a_killed_actor_starts_again_with_its_weights_and_no_image_is_lost(

@@ -621,6 +621,23 @@ def test_a_gpu_gives_the_label_maps_of_the_cpu(
             assert given_.num_pixels.sum() == given_.label_map.size
 
 
+class Crowded(PerPixel):
+    """Has memory for one thread."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            raise MemoryError("memory")
+        return super().forward(values)
+
+
+def test_what_lacks_memory_beside_others_is_labelled_alone() -> None:
+    images = photos((20, 30), (20, 30), (20, 30), (8, 9))
+    crowded, roomy = with_module(Crowded()), with_module(PerPixel())
+    crowded._num_threads = 2
+    for expected, given_ in zip(only(roomy.predict(images)), only(crowded.predict(images)), strict=True):
+        np.testing.assert_array_equal(given_.label_map, expected.label_map)
+
+
 def test_a_predictor_tells_how_many_images_each_forward_pass_was_for() -> None:
     signs: list[int] = []
     predictor = Predictor(random_checkpoint("unet_resnet18").to_bytes, batch_size=2, beat=signs.append)

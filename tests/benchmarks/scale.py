@@ -89,7 +89,7 @@ def stand_in(latency_seconds: float, folder: Path) -> type:
             # Noise, as the PNG of a single class would be next to nothing.
             label_maps = [self._random.integers(0, len(CLASSES), shape, np.uint8) for shape in shapes]
             counts = [np.bincount(one.reshape(-1), minlength=len(CLASSES)) for one in label_maps]
-            predicted = decoded.drop_columns(["pixels", "stage", "reason"])
+            predicted = decoded.drop_columns(["pixels", "num_rows", "stage", "reason"])
             for name, column in {
                 "label_map": pa.array([one.tobytes() for one in label_maps], pa.binary()),
                 "num_pixels": pa.array(counts, pa.list_(pa.int64())),
