@@ -735,8 +735,8 @@ class _Predictor:
 
     def __call__(self, decoded: pa.Table) -> Iterator[pa.Table]:
         """Label maps of some 64 Mi pixels at a time, which may be many times as many as were decoded."""
-        shapes = zip(decoded["height"].to_pylist(), decoded["width"].to_pylist(), strict=True)
-        num_pixels = np.array([height * width for height, width in shapes], np.int64)
+        sides = (pc.fill_null(pc.cast(decoded[name], pa.int64()), 0) for name in ("height", "width"))  # null of rejects
+        num_pixels = pc.multiply(*sides).to_numpy()
         parts = (np.cumsum(num_pixels) - num_pixels) // _PIXEL_BYTES
         for begin, end in pairwise([0, *np.flatnonzero(np.diff(parts)) + 1, decoded.num_rows]):
             with metrics.stage("predict"):

@@ -417,8 +417,8 @@ def test_label_maps_that_are_larger_than_what_was_decoded_come_in_parts(
             "image_id": [str(number) for number in range(6)],
             "pixels": [*(image.tobytes() for image in pixels), b""],
             "num_rows": pa.array([20] * 5 + [0], pa.int32()),
-            "height": pa.array([20] * 5 + [0], pa.int32()),
-            "width": pa.array([30] * 5 + [0], pa.int32()),
+            "height": pa.array([20] * 5 + [None], pa.int32()),  # as of a scene
+            "width": pa.array([30] * 5 + [None], pa.int32()),
             "stage": pa.array([None] * 5 + ["decode"], pa.string()),
             "reason": pa.array([None] * 5 + ["empty: the file has 0 bytes"], pa.string()),
         }
