@@ -75,7 +75,7 @@ def decode_for(data: bytes | memoryview, max_pixels: int, side: int | None) -> D
     """Likewise, of an image whose shorter side is to be brought to a length.
 
     Of a JPEG of which a half, a quarter or an eighth is at least twice as long, and whole pixels, that is decoded: the
-    inverse cosine transform then gives fewer pixels of each block, in a third of the time. Brought to the length,
+    inverse cosine transform then gives fewer pixels of each block, in a fraction of the time. Brought to the length,
     they differ from what all pixels give by less than a level of 255 in the mean.
 
     Args:

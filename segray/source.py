@@ -30,7 +30,7 @@ from fsspec.core import url_to_fs
 from jaxtyping import Bool, Shaped
 
 from segray.errors import Reject, RunError, SourceError
-from segray.retry import PAUSES_SECONDS, ShortRead, codes, is_refusal, is_transient, retrying
+from segray.retry import PAUSES_SECONDS, S3_SETTINGS, ShortRead, codes, is_refusal, is_transient, retrying
 
 __all__ = [
     "ENTRIES",
@@ -84,13 +84,6 @@ _REQUESTS_IN_FLIGHT = 64
 _SIGN_SECONDS = 10.0
 _READING = 1  # to be raised with any change of code that finds other images in a shard
 
-_S3_SETTINGS = {
-    # What hangs is tried again, here, after less than botocore's minute.
-    "config_kwargs": {"connect_timeout": 10, "read_timeout": 30, "retries": {"max_attempts": 2}},
-    # With more, s3fs asks for each object's size before it asks for the object.
-    "max_concurrency": 1,
-}
-
 _Wanted = tuple[str, str, str, int | Reject | None]  # image_id, uri, version, size in bytes where it is known
 
 
@@ -107,7 +100,7 @@ def filesystem(uri: str) -> tuple[Any, str]:
     """
     if "://" not in uri:
         uri = os.path.abspath(uri)
-    settings = _S3_SETTINGS if uri.startswith(("s3://", "s3a://")) else {}
+    settings = S3_SETTINGS if uri.startswith(("s3://", "s3a://")) else {}
     # A listing kept for the next call would hold every key of a bucket in memory.
     fs, path = url_to_fs(uri, use_listings_cache=False, **settings)
     return fs, path

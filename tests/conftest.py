@@ -46,31 +46,30 @@ from tests.s3 import Server
 _DATA = Path(os.environ.get("SEGRAY_TEST_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
 
 
+def real(name: str) -> Path:
+    """Where these real data lie; skips the test where they do not."""
+    path = _DATA / name
+    if not path.exists():
+        pytest.skip(f"there is no {path}; SEGRAY_TEST_DATA names the folder that holds {name}")
+    return path
+
+
 @pytest.fixture(scope="session")
 def camvid() -> Path:
     """CamVid: `val` and `train` with 480×360 frames, `valannot` and `trainannot` with their targets."""
-    folder = _DATA / "camvid"
-    if not folder.is_dir():
-        pytest.skip(f"no CamVid at {folder}; SEGRAY_TEST_DATA names the folder that holds it")
-    return folder
+    return real("camvid")
 
 
 @pytest.fixture(scope="session")
 def field_photo() -> Path:
     """A photograph of a field, a JPEG of 3264×2448."""
-    path = _DATA / "field-3264x2448/IMG_3462.JPG"
-    if not path.is_file():
-        pytest.skip(f"no photograph at {path}; SEGRAY_TEST_DATA names the folder that holds its folder")
-    return path
+    return real("field-3264x2448/IMG_3462.JPG")
 
 
 @pytest.fixture(scope="session")
 def landsat8() -> Path:
     """One Landsat 8 scene: a file a band, at 30 m but for band 8 at 15 m."""
-    folder = _DATA / "landsat8-cloudy"
-    if not folder.is_dir():
-        pytest.skip(f"no Landsat scene at {folder}; SEGRAY_TEST_DATA names the folder that holds it")
-    return folder
+    return real("landsat8-cloudy")
 
 
 @pytest.fixture(scope="session")

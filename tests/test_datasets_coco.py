@@ -10,7 +10,7 @@ from pycocotools.coco import COCO
 
 from segray.datasets import DataSet, open_dataset, read
 from segray.errors import SourceError
-from tests.conftest import _DATA
+from tests.conftest import real
 from tests.test_datasets import encoded, photo, places, plant, reject, targets
 
 # pycocotools' decode does not know numpy 2's `copy` yet.
@@ -22,10 +22,7 @@ CATEGORIES = [{"id": 90, "name": "toothbrush"}, {"id": 1, "name": "person"}, {"i
 @pytest.fixture(scope="module")
 def sample() -> Path:
     """Two COCO images with panoptic targets, and the same segments as instances."""
-    folder = _DATA / "coco-panoptic"
-    if not folder.is_dir():
-        pytest.skip(f"no COCO sample at {folder}; SEGRAY_TEST_DATA names the folder that holds it")
-    return folder
+    return real("coco-panoptic")
 
 
 def panoptic_png(ids: object) -> bytes:

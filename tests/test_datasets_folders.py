@@ -12,7 +12,7 @@ from segray.datasets import open_dataset, read
 from segray.datasets.ade20k import CLASSES
 from segray.datasets.cityscapes import to_label_ids
 from segray.errors import SettingsError, SourceError
-from tests.conftest import _DATA
+from tests.conftest import real
 from tests.test_datasets import encoded, photo, places, plant, reject, targets
 
 # The ids in gtFine_labelIds.png of the 19 classes, in the order of their train ids.
@@ -227,9 +227,7 @@ def test_folders_need_classes_that_ids_of_a_png_can_hold(tmp_path: Path) -> None
 
 
 def test_real_crop_and_weed_targets_are_read_by_their_colours(tmp_path: Path) -> None:
-    source = _DATA / "cwfid"
-    if not source.is_dir():
-        pytest.skip(f"no CWFID at {source}; SEGRAY_TEST_DATA names the folder that holds it")
+    source = real("cwfid")
     palette = [[0, 0, 0], [0, 255, 0], [255, 0, 0]]
     plant(tmp_path, {"classes.json": json.dumps({"names": ["soil", "crop", "weed"], "palette": palette})})
     for folder, ending in (("images", "_image"), ("targets", "_annotation")):

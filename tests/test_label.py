@@ -403,6 +403,15 @@ def test_photographs_that_are_decoded_to_fewer_pixels_get_label_maps_of_their_ow
         assert label_map.shape == (480, 640)
         assert 0.98 < (label_map == whole.label_map).mean() < 1
 
+    refining = dataclasses.replace(job, sink=str(tmp_path / "refined"), crf=True)
+    label(refining)
+    predictor = Predictor(resizing.read_bytes, crf=Crf())
+    for row in read_store(refining.sink, "label_maps").to_pylist():
+        data = (photos / name_of(row["uri"])).read_bytes()
+        [whole] = predictor.predict([decode(data, MAX_PIXELS)])
+        assert isinstance(whole, Prediction)
+        np.testing.assert_array_equal(decode_png(row["label_map"]), whole.label_map, "a CRF sees every pixel")
+
 
 def test_label_maps_that_are_larger_than_what_was_decoded_come_in_parts(
     small_model: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch

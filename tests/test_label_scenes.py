@@ -39,7 +39,7 @@ from segray.source import Source
 from segray.tile import Scenes, Tiling, Window, cores
 from segray.verify import Verify, verify
 from tests.benchmarks import scenes
-from tests.conftest import _DATA
+from tests.conftest import real
 from tests.graphs import convolutions, described
 from tests.graphs import write as write_model
 from tests.label_store import newest_run
@@ -561,9 +561,7 @@ def test_a_source_without_scenes_is_refused(small_model: str, tmp_path: Path) ->
 @pytest.fixture(scope="session")
 def landsat() -> Path:
     """A part of a Landsat 8 scene: a file a band, and its MTL file."""
-    if not (_DATA / "landsat8-cloudy").is_dir():
-        pytest.skip(f"no Landsat scene at {_DATA}; SEGRAY_TEST_DATA names the folder that holds it")
-    return _DATA / "landsat8-cloudy"
+    return real("landsat8-cloudy")
 
 
 def reflectance(mtl: Path) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError, RP
 from rasterio.session import DummySession
 
 from segray.errors import Reject, RunError
-from segray.retry import PAUSES_SECONDS, is_refusal, is_transient, retrying
+from segray.retry import PAUSES_SECONDS, S3_SETTINGS, is_refusal, is_transient, retrying
 
 __all__ = ["begins_with", "fetched", "gdal_path", "one_line", "opened", "with_dataset"]
 
@@ -53,8 +53,6 @@ _OPTIONS = {
     "GDAL_INGESTED_BYTES_AT_OPEN": "32768",
     "VSI_CACHE": "TRUE",
 }
-
-_S3_SETTINGS = {"connect_timeout": 10, "read_timeout": 30, "retries": {"max_attempts": 2}}  # what hangs is tried again
 
 # The last two slip through rasterio where a header is damaged.
 _GDAL_ERRORS = (RasterioError, CRSError, RPCError, CPLE_BaseError, UnicodeDecodeError)
@@ -247,7 +245,7 @@ def _start(path: str) -> bytes:
 
 
 def _filesystem(uri: str) -> tuple[Any, str]:
-    settings = {"config_kwargs": _S3_SETTINGS} if uri.startswith("s3") else {}
+    settings = S3_SETTINGS if uri.startswith("s3") else {}
     fs, key = url_to_fs(uri, use_listings_cache=False, **settings)
     return fs, key
 
