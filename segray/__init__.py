@@ -16,7 +16,7 @@ The modules, in the order in which data meets them:
     model       name or checkpoint → module, Classes, preprocessing
     forward     a module's forward pass, fast, and held to float32
     tail        coarse logits → classes and confidence, at full size
-    kernel      the tail on a GPU
+    kernel_cpu, kernel_cuda  the tail, compiled
     predict     Predictor, the actor class
     crf         probabilities drawn to the edges of an image
     stitch      weight, accumulate, divide

@@ -1,15 +1,16 @@
 """A module's forward pass, as fast as its device allows, and held to what it gives as it stands in float32.
 
 Batch norms are folded into the convolutions before them, and on a CPU activations too; convolutions and matrix products
-are in the dtype in which the device is fast. The first batch goes both ways, and where the two disagree in too many
-pixels, the slower way is taken from there on.
+are in the dtype in which the device is fast, but for a few at both ends that decide about labels more than others. The
+first batch goes both ways, and where the two disagree in too many pixels, the slower way is taken from there on.
 """
 
 import copy
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -31,11 +32,15 @@ MIN_AGREEMENT = 0.99
 
 _NUM_CHECKED = 2
 _FOLDED_WITHIN = 1e-3
+_MAX_EXACT = 4
+# Of all multiplications, by the first layers and by the last. In float32 a CPU takes four times as long, a GPU sixteen.
+_EXACT_SHARES = {"cpu": (1 / 16, 1 / 64), "cuda": (0.0, 0.0)}
 _ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {  # as oneDNN calls them, with its arguments
     nn.ReLU: ("relu", []),
     nn.ReLU6: ("hardtanh", [0.0, 6.0]),
     nn.Hardswish: ("hardswish", []),
     nn.SiLU: ("swish", []),
+    nn.Identity: ("none", []),
 }
 
 
@@ -49,6 +54,8 @@ class Choice:
     """The share of the first batch's pixels whose class is that of eager float32; None where it is that itself."""
     refused: float | None = None
     """That of the device's fast dtype, where it was too low to be taken."""
+    tail_error: str | None = None
+    """Why the kernel of the network's tail could not be compiled, where it could not."""
 
 
 class Forward:
@@ -79,6 +86,7 @@ class Forward:
         self._device = device
         self._chosen = chosen
         has_own_dtype = next(module.parameters(), None) is None
+        self._example = example
         fast = torch.float32 if has_own_dtype else fast_dtype(device) if dtype == "auto" else getattr(torch, dtype)
         folded = module if has_own_dtype else _folded(module, example)
         if device.type == "cpu" and not has_own_dtype and _has_onednn(fast):
@@ -119,7 +127,7 @@ class Forward:
         taken, agreement, refused = (self._module, self._dtype), None, None
         expected = self._classes(*taken, some) if self._ways else torch.empty(0)
         for module, dtype in self._ways:
-            taken = self._placed(_lowered(module, dtype), dtype), dtype
+            taken = self._placed(_lowered(module, dtype, self._example, self._device), dtype), dtype
             agreement = float(torch.eq(self._classes(*taken, some), expected).double().mean())
             if agreement >= MIN_AGREEMENT:
                 break
@@ -151,21 +159,26 @@ def _has_onednn(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and knows_bfloat16)
 
 
-def fast_tail(device: torch.device) -> Tail:
-    """The kernel on a GPU where Triton can build it (it needs a C compiler there), else `blocked`."""
-    if device.type == "cuda":
-        try:
-            from segray.kernel import label
+def fast_tail(device: torch.device) -> tuple[Tail, str | None]:
+    """The device's kernel, where it can be compiled (Triton needs a C compiler for it), else `blocked`, and why."""
+    try:
+        if device.type == "cuda":
+            from segray.kernel_cuda import label
+        else:
+            from segray.kernel_cpu import label
+        label(torch.zeros(1, 2, 2, device=device), Grid(4, 4), Window(0, 0, 4, 4))
+    except (
+        Exception
+    ) as error:  # no compiler, a GPU that it does not know: what Triton and Numba raise has no common base
+        return blocked, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return label, None
 
-            label(torch.zeros(1, 2, 2, device=device), Grid(4, 4), Window(0, 0, 4, 4))
-            return label
-        except Exception:  # no Triton, no compiler, a GPU that it does not know: what Triton raises has no common base
-            pass
-    return blocked
 
+class _Convolution(nn.Module):
+    """A convolution of oneDNN, and the activation after it before its output goes to memory.
 
-class _Activated(nn.Module):
-    """A convolution on a CPU, and the activation after it before its output goes to memory."""
+    Its bias stays in float32, whatever its weights are in: torch's own rounds it, for nothing.
+    """
 
     def __init__(self, convolution: nn.Conv2d, activation: nn.Module) -> None:
         super().__init__()
@@ -181,11 +194,11 @@ class _Activated(nn.Module):
         return result
 
 
-_LOWERED = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear, _Activated)
+_LOWERED = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear, _Convolution)
 
 
 class _Exact(nn.Module):
-    """A layer in float32, with an output in another dtype."""
+    """A layer in float32, with an output in this dtype."""
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -193,29 +206,67 @@ class _Exact(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         with torch.autocast(values.device.type, enabled=False):
-            result: Tensor = self.layer(values)
+            result: Tensor = self.layer(values.float())
         return result.to(self._dtype)
 
 
-def _lowered(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _lowered(module: nn.Module, dtype: torch.dtype, example: Tensor, device: torch.device) -> nn.Module:
     """A copy, with the weights in this dtype that autocast would bring to it at each pass anew."""
     lowered = copy.deepcopy(module)
     if dtype == torch.float32:
         return lowered
-    layers = [(name, layer) for name, layer in lowered.named_modules() if isinstance(layer, _LOWERED)]
-    for _, layer in layers[1:]:
-        layer.to(dtype)
-    # The first sees pixels through few weights: rounded, it alone moved more labels than all others, and costs nothing.
-    name, first = layers[0]
-    lowered.set_submodule(name, _Exact(first, dtype))
+    first, last = _ends(lowered, example, *_EXACT_SHARES[device.type])
+    for name, layer in [(name, layer) for name, layer in lowered.named_modules() if isinstance(layer, _LOWERED)]:
+        if layer in first or layer in last:
+            lowered.set_submodule(name, _Exact(layer, dtype if layer in first else torch.float32))
+        elif isinstance(layer, _Convolution):
+            layer.weight.data = layer.weight.data.to(dtype)
+        else:
+            layer.to(dtype)
     return lowered
+
+
+@torch.no_grad()
+def _ends(
+    module: nn.Module, example: Tensor, first_share: float, last_share: float
+) -> tuple[set[nn.Module], set[nn.Module]]:
+    """The first layers, which see pixels through few weights, and the last, which say what the logits are.
+
+    Rounded, the first alone move more labels than all that come after them.
+
+    Args:
+        module: of them.
+        example: some input.
+        first_share: of all multiplications, that the first layers may do; there is always one, and never more than
+            four.
+        last_share: that the last may do.
+    """
+    numbers: dict[nn.Module, int] = {}  # of multiplications, in the order in which layers are used
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(layer.weight, Tensor)
+        values = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else output
+        numbers[layer] = numbers.get(layer, 0) + values.numel() * layer.weight[0].numel()
+
+    handles = [layer.register_forward_hook(count) for layer in module.modules() if isinstance(layer, _LOWERED)]
+    model.logits(module, example.to(next(module.parameters()).device))
+    for handle in handles:
+        handle.remove()
+
+    def num_within(share: float, layers: Iterable[nn.Module]) -> int:
+        return sum(done <= share * sum(numbers.values()) for done in accumulate(numbers[layer] for layer in layers))
+
+    layers = list(numbers)
+    num_first = max(1, min(_MAX_EXACT, num_within(first_share, layers)))
+    num_last = num_within(last_share, reversed(layers[num_first:]))
+    return set(layers[:num_first]), set(layers[len(layers) - num_last :])
 
 
 @torch.no_grad()
 def _folded(module: nn.Module, example: Tensor) -> nn.Module:
     """A copy without the batch norms that follow a convolution; the module itself where it gives other logits."""
-    folded, names, pairs = _found(module, (nn.BatchNorm2d,), example)
-    for convolution, norm in pairs:
+    folded, names, _, pairs = _found(module, (nn.BatchNorm2d,), example)
+    for convolution, norm in pairs.items():
         assert isinstance(norm, nn.BatchNorm2d)
         folded.set_submodule(names[convolution], fuse_conv_bn_eval(convolution, norm))
         # Those of timm hold their activation.
@@ -225,13 +276,16 @@ def _folded(module: nn.Module, example: Tensor) -> nn.Module:
 
 @torch.no_grad()
 def _activated(module: nn.Module, example: Tensor) -> nn.Module:
-    """Likewise without the activations."""
-    activated, names, pairs = _found(module, tuple(_ACTIVATIONS), example)
-    for convolution, activation in pairs:
-        if convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str):
-            activated.set_submodule(names[convolution], _Activated(convolution, activation))
-            activated.set_submodule(names[activation], nn.Identity())
-    return activated if pairs and _agree(module, activated, example) else module
+    """Likewise without the activations, and with oneDNN's convolutions."""
+    activated, names, convolutions, pairs = _found(module, tuple(_ACTIVATIONS), example)
+    for convolution in convolutions:
+        is_plain = type(convolution) is nn.Conv2d  # others, such as those that pad by themselves, have their own ways
+        if is_plain and convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str):
+            activation = pairs.get(convolution, nn.Identity())
+            activated.set_submodule(names[convolution], _Convolution(convolution, activation))
+            if convolution in pairs:
+                activated.set_submodule(names[activation], nn.Identity())
+    return activated if convolutions and _agree(module, activated, example) else module
 
 
 def _agree(module: nn.Module, other: nn.Module, example: Tensor) -> bool:
@@ -242,8 +296,11 @@ def _agree(module: nn.Module, other: nn.Module, example: Tensor) -> bool:
 
 def _found(
     module: nn.Module, kinds: tuple[type[nn.Module], ...], example: Tensor
-) -> tuple[nn.Module, dict[nn.Module, str], list[tuple[nn.Conv2d, nn.Module]]]:
-    """A copy, the names of its layers, and of those of these kinds each that is used once, behind a convolution."""
+) -> tuple[nn.Module, dict[nn.Module, str], set[nn.Conv2d], dict[nn.Conv2d, nn.Module]]:
+    """A copy, the names of its layers, its convolutions, and by them the layers of these kinds.
+
+    Only such as are used once, behind a convolution.
+    """
     copied = copy.deepcopy(module)
     given: dict[int, tuple[nn.Conv2d, Tensor]] = {}
     found: dict[nn.Module, list[nn.Conv2d | None]] = defaultdict(list)
@@ -257,10 +314,9 @@ def _found(
 
     names = {layer: name for name, layer in copied.named_modules()}
     handles = [layer.register_forward_pre_hook(look_up) for layer in names if isinstance(layer, kinds)]
-    if handles:
-        handles += [layer.register_forward_hook(remember) for layer in names if isinstance(layer, nn.Conv2d)]
-        model.logits(copied, example)
+    handles += [layer.register_forward_hook(remember) for layer in names if isinstance(layer, nn.Conv2d)]
+    model.logits(copied, example)
     for handle in handles:
         handle.remove()
-    pairs = [(used[0], layer) for layer, used in found.items() if len(used) == 1 and used[0] is not None]
-    return copied, names, pairs
+    pairs = {used[0]: layer for layer, used in found.items() if len(used) == 1 and used[0] is not None}
+    return copied, names, {convolution for convolution, _ in given.values()}, pairs

@@ -42,8 +42,8 @@ __all__ = ["Label", "Placement", "label", "place"]
 
 # Ray and torch are imported when the job starts, so that `--help` answers at once.
 
-_LABELLING = 3  # to be raised with any change of code that changes label maps: it begins new recipes
-_IMAGES_PER_BLOCK = 32, 512  # at first, and at most
+_LABELLING = 4  # to be raised with any change of code that changes label maps: it begins new recipes
+_IMAGES_PER_BLOCK = 64, 512  # at first, and at most
 _WINDOWS_PER_BLOCK = 16, 64  # likewise; neighbours, which one task reads, decode what they share once
 _NUM_SMALL_BLOCKS = 1000
 _NUM_SAMPLE_BLOCKS = 4  # at least, that time passes between images
@@ -1235,6 +1235,8 @@ def _print_summary(job: Label, record: Mapping[str, Any]) -> None:
             )
         if models["agreement"] is not None:
             print(f"computed in {models['dtype']}: {models['agreement']:.2%} of the first batch's pixels as in float32")
+        if models["tail_error"] is not None:
+            print(f"the network's tail ran without its kernel, which could not be compiled: {models['tail_error']}")
     rate, crf_ms = record["images_per_second"], record["crf_ms_per_image"]
     print(
         f"{seconds['total']:.1f} s in all, {seconds['start']:.1f} s of them to the first label map"

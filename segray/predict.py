@@ -5,7 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -152,8 +152,12 @@ class Predictor:
         side = _EXAMPLE_SIDE + self._padding(_EXAMPLE_SIDE, self._multiple)
         example = torch.rand(1, len(self._preprocessing.channels), side, side)
         module, self._aligns_corners = model.coarse(module)
-        self._forward = Forward(module, example, device=self._device, dtype=dtype, chosen=chosen)
-        self._tail = fast_tail(self._device)
+        self._tail, tail_error = fast_tail(self._device)
+
+        def tell(choice: Choice) -> None:
+            chosen(replace(choice, tail_error=tail_error))
+
+        self._forward = Forward(module, example, device=self._device, dtype=dtype, chosen=tell)
         self._keeps_confidence = keeps_confidence
         self._beat = beat
         self._tell_refined = refined
@@ -319,8 +323,9 @@ class Predictor:
         # One image alone costs as much as two; for two in each thread a third more may be in memory than a batch.
         if self._num_threads == 1 or 2 * self._num_threads > together * 4 / 3:
             return ((some, False) for some in _split(indices, together))
-        # Twice as many batches as there are threads, or most would wait for the last.
+        # Twice as many batches as there are threads, and as many for each, or most would wait for the last.
         num_batches = math.ceil(len(indices) / max(2, together // self._num_threads // 2))
+        num_batches = max(num_batches, min(num_batches + -num_batches % self._num_threads, len(indices) // 2))
         return ((indices[first::num_batches], True) for first in range(num_batches))
 
     def _predict_batches(

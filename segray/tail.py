@@ -1,8 +1,9 @@
 """The tail of a network: its coarse logits to classes and their probabilities, at full size.
 
-Upsampled logits are a hundred times what is kept of them. So they are made a few rows at a time, in the cores'
-caches, or on a GPU a pixel at a time in registers (`kernel`), and never stand in memory as a whole. Both compute in
-float32 and in one order, and give the same classes to the last pixel:
+Upsampled logits are a hundred times what is kept of them. So they are made a row at a time, in a core's first caches
+(`kernel_cpu`), or on a GPU a pixel at a time in registers (`kernel_cuda`), or where neither can be compiled some rows
+at a time (`blocked`), and never stand in memory as a whole. All compute in float32 and in one order, and give the same
+classes to the last pixel:
 
 - between neighbours a and b at weight w lies a + w (b - a), along columns first, then along rows; positions are
   those of `torch.nn.functional.interpolate`, bilinear, with or without aligned corners;

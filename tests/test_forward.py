@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -5,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from segray import forward, model
-from segray.forward import Choice, DType, Forward, fast_dtype
+from segray import forward, kernel_cpu, model
+from segray.forward import Choice, DType, Forward, fast_dtype, fast_tail
+from segray.tail import blocked
 from tests.conftest import CAMVID_CLASSES, random_checkpoint
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*lazy")]
@@ -21,8 +23,16 @@ ARCHITECTURES = (
     "unet_tu-mobilenetv3_small_050",
     "pspnet_mobilenet_v2",
     "unet_densenet121",
+    "unet_efficientnet-b0",
     "segformer_mit_b0",
 )
+
+
+@pytest.fixture
+def onednn_has_bfloat16() -> None:
+    """Skips where this CPU's oneDNN does not convolve in bfloat16."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("no bfloat16 in this CPU's oneDNN")
 
 
 @pytest.fixture
@@ -48,8 +58,8 @@ def test_folding_leaves_the_logits_as_they_are(name: str) -> None:
     assert (given - expected).abs().max() < 1e-4 * expected.abs().max()
     num_norms = [sum(isinstance(layer, nn.BatchNorm2d) for layer in m.modules()) for m in (module, made._module)]
     assert num_norms[1] < num_norms[0]
-    # DenseNets normalise what was joined of several, and a PSPNet leaves its encoder's deepest stages out.
-    if not name.startswith(("unet_densenet", "pspnet")):
+    # DenseNets normalise what was joined of several; a PSPNet and an EfficientNet leave their encoder's end out.
+    if not name.startswith(("unet_densenet", "pspnet", "unet_efficientnet")):
         assert num_norms[1] == 0
 
 
@@ -85,9 +95,9 @@ class Twice(nn.Module):
 def test_a_batch_norm_that_cannot_be_folded_stays(kind: type[nn.Module]) -> None:
     module = kind().eval()
     expected = module(EXAMPLE)
-    made, choices = of(module)
+    made, _ = of(module)
     torch.testing.assert_close(made(EXAMPLE), expected, rtol=1e-6, atol=1e-6)
-    assert choices == [Choice("float32", None)]
+    assert isinstance(made._module.norm, nn.BatchNorm2d)
 
 
 class Activated(nn.Module):
@@ -134,7 +144,7 @@ def test_activations_stay_where_onednn_does_not_convolve(has_onednn: bool, monke
     monkeypatch.setattr(forward, "_has_onednn", lambda dtype: has_onednn)
     made, _ = of(Activated(nn.ReLU))
     made(EXAMPLE)
-    assert any(isinstance(layer, forward._Activated) for layer in made._module.modules()) == has_onednn
+    assert any(isinstance(layer, forward._Convolution) for layer in made._module.modules()) == has_onednn
 
 
 class Close(nn.Module):
@@ -205,22 +215,60 @@ def test_the_first_layer_stays_in_float32() -> None:
     assert torch.tensor(1.003 * 3 * 1.003).bfloat16() != 3
 
 
-class Exhausted(Close):
-    """Has no memory the first time."""
+class Ladder(nn.Module):
+    """Layers of so many channels each, the last of so many classes; by their side one that is used for nothing."""
 
-    num_calls = 0
+    def __init__(self, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Conv2d(*pair, 1) for pair in pairwise((3, *widths))))
+        self.unused = nn.Conv2d(3, 3, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        Exhausted.num_calls += 1
-        if Exhausted.num_calls == 1:
+        result: Tensor = self.layers(images)
+        return result
+
+
+@torch.inference_mode()
+@pytest.mark.usefixtures("onednn_has_bfloat16")
+@pytest.mark.parametrize(
+    ("widths", "num_first", "num_last"),
+    [
+        ((8, 8, 32, 64, 64, 64, 2), 3, 1),  # 24, 64, 256, 2048, 4096, 4096, 128 multiplications a pixel
+        ((1, 1, 1, 1, 1, 1, 64, 64, 2), 4, 0),  # 3, 1, 1, 1, 1, 1, 64, 4096, 128
+        ((64, 64, 64, 64, 64), 1, 0),
+    ],
+)
+def test_layers_at_both_ends_stay_in_float32_where_they_are_a_small_part_of_all(
+    widths: tuple[int, ...], num_first: int, num_last: int
+) -> None:
+    made, _ = of(Ladder(widths), "bfloat16")
+    made(EXAMPLE)
+    layers = made._module.layers
+    assert isinstance(layers, nn.Sequential)
+    is_exact = [isinstance(layer, forward._Exact) for layer in layers]
+    num_between = len(widths) - num_first - num_last
+    assert is_exact == [True] * num_first + [False] * num_between + [True] * num_last
+    # Biases cost nothing.
+    between = layers[num_first : len(layers) - num_last]
+    assert {parameter.dtype for parameter in between.parameters() if parameter.dim() == 1} == {torch.float32}
+
+
+class Exhausted(Close):
+    """Has no memory, for a while."""
+
+    has_memory = True
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not Exhausted.has_memory:
             raise torch.OutOfMemoryError("out of memory")
         return super().forward(images)
 
 
 @torch.inference_mode()
-def test_a_first_batch_that_fails_leaves_the_choice_to_the_next() -> None:
+def test_a_first_batch_that_fails_leaves_the_choice_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     made, choices = of(Exhausted(), "bfloat16")
-    with pytest.raises(torch.OutOfMemoryError):
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(Exhausted, "has_memory", False)
         made(EXAMPLE)
     assert choices == []
     made(EXAMPLE)
@@ -260,3 +308,15 @@ def test_a_model_of_classes_that_it_was_trained_on_keeps_them_in_bfloat16() -> N
     assert np.mean(agreements) >= 0.999
     assert choices[0].agreement is not None
     assert choices[0].agreement >= 0.999
+
+
+def test_where_the_kernel_of_the_tail_cannot_be_compiled_there_is_another_and_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert fast_tail(torch.device("cpu")) == (kernel_cpu.label, None)
+
+    def fail(*of_tail: object) -> None:
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(kernel_cpu, "label", fail)
+    assert fast_tail(torch.device("cpu")) == (blocked, "OSError: no compiler")

@@ -352,6 +352,7 @@ def test_a_crf_is_another_recipe_and_the_run_says_what_it_took_and_in_which_prec
     models = run["models"][0]
     assert 1 <= models["num_models"] <= run["placement"]["max_actors"]
     assert 0.99 <= models["agreement"] <= 1
+    assert models["tail_error"] is None
     told = capsys.readouterr().out
     assert f"the CRF took {run['crf_ms_per_image']:,.1f} ms an image" in told
     assert f"computed in {models['dtype']}: {models['agreement']:.2%} of the first batch's pixels as in float32" in told
@@ -359,7 +360,7 @@ def test_a_crf_is_another_recipe_and_the_run_says_what_it_took_and_in_which_prec
 
     recipes = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "labels/recipes").iterdir()}
     decisive = {
-        "labelling": 3,
+        "labelling": 4,
         "model": recipes[run["recipe"]]["model"]["digest"],
         "tiling": {"size": 1024, "overlap": 128, "blend": "cosine"},
         "dtype": "auto",

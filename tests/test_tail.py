@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from segray import tail
-from segray.tail import Grid, blocked, neighbours
+from segray import kernel_cpu, tail
+from segray.tail import Grid, Tail, blocked, neighbours
 from segray.tile import Window
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,18 +43,60 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Grid, Window]:
     return logits, Grid(height, width, draw(st.booleans())), window
 
 
+def check(given: Tail, case: tuple[Tensor, Grid, Window]) -> None:
+    logits = upsampled(*case)
+    label_map, confidence = given(*case)
+    assert label_map.dtype == torch.uint8
+    np.testing.assert_array_equal(label_map.numpy(), logits.numpy().argmax(0))  # numpy's is the first of equals
+    torch.testing.assert_close(confidence, logits.softmax(0).amax(0), rtol=1e-6, atol=0)
+
+
 @given(cases(), st.sampled_from([1, 2000, 2**20]))
 @settings(deadline=None, max_examples=150)
 def test_blocks_of_rows_give_what_all_logits_at_full_size_give(
     case: tuple[Tensor, Grid, Window], block_bytes: int
 ) -> None:
-    logits = upsampled(*case)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tail, "_BLOCK_BYTES", {"cpu": block_bytes})
-        label_map, confidence = blocked(*case)
-    assert label_map.dtype == torch.uint8
-    np.testing.assert_array_equal(label_map.numpy(), logits.numpy().argmax(0))  # numpy's is the first of equals
-    torch.testing.assert_close(confidence, logits.softmax(0).amax(0), rtol=1e-6, atol=0)
+        check(blocked, case)
+
+
+@given(cases(), st.sampled_from([1, 2, 3]))
+@settings(deadline=None, max_examples=150)
+def test_the_loop_gives_what_all_logits_at_full_size_give_on_any_number_of_threads(
+    case: tuple[Tensor, Grid, Window], num_threads: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: num_threads)
+        check(kernel_cpu.label, case)
+
+
+def test_the_loop_rounds_as_the_blocks_do() -> None:
+    generator = torch.Generator().manual_seed(0)
+    case = Grid(180, 240), Window(0, 0, 240, 180)
+    # Four classes of a difference that rounding makes or breaks.
+    logits = (
+        100
+        + torch.randn(1, 23, 30, generator=generator)
+        + torch.randint(0, 3, (4, 23, 30), generator=generator) * 2**-16
+    )
+    expected, expected_confidence = blocked(logits, *case)
+    label_map, confidence = kernel_cpu.label(logits, *case)
+    assert torch.equal(label_map, expected)
+    torch.testing.assert_close(confidence, expected_confidence, rtol=1e-6, atol=0)
+
+
+def test_the_loop_is_compiled_where_no_folder_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    from numba.core.dispatcher import Dispatcher
+
+    def enable_caching(dispatcher: Dispatcher) -> None:
+        raise RuntimeError("no locator available")
+
+    monkeypatch.setattr(Dispatcher, "enable_caching", enable_caching)
+    kernel_cpu._compiled.cache_clear()
+    logits = torch.eye(3)[None]
+    label_map, _ = kernel_cpu.label(torch.cat([1 - logits, logits]), Grid(3, 3), Window(0, 0, 3, 3))
+    assert label_map.tolist() == torch.eye(3).tolist()
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
@@ -68,25 +110,30 @@ def test_positions_are_those_of_torchs_interpolation(
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)  # torch's own positions are float32
 
 
-def test_beyond_256_classes_they_are_of_more_bits() -> None:
+@pytest.mark.parametrize("given", [blocked, kernel_cpu.label])
+def test_beyond_256_classes_they_are_of_more_bits(given: Tail) -> None:
     logits = torch.zeros(300, 2, 2)
     logits[299] = 1
-    label_map, _ = blocked(logits, Grid(4, 4), Window(0, 0, 4, 4))
+    label_map, _ = given(logits, Grid(4, 4), Window(0, 0, 4, 4))
     assert (label_map == 299).all()
 
 
+@pytest.mark.parametrize("given", [blocked, kernel_cpu.label])
+@pytest.mark.parametrize("class_id", [0, 1, 2])
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_a_logit_that_is_not_finite_leaves_a_class_and_a_confidence_that_is_nan(number: float) -> None:
+def test_a_logit_that_is_not_finite_leaves_a_class_and_a_confidence_that_is_nan(
+    number: float, class_id: int, given: Tail
+) -> None:
     logits = torch.zeros(3, 4, 4)
-    logits[1, 2, 2] = number
-    label_map, confidence = blocked(logits, Grid(4, 4), Window(0, 0, 4, 4))
+    logits[class_id, 2, 2] = number
+    label_map, confidence = given(logits, Grid(4, 4), Window(0, 0, 4, 4))
     assert label_map.max() < 3
     assert confidence.isnan().nonzero().tolist() == [[2, 2]]
 
 
 INTERPRETED = """
 import torch
-from segray import kernel
+from segray import kernel_cuda
 from segray.tail import Grid, blocked
 from segray.tile import Window
 
@@ -95,17 +142,17 @@ for shape, grid in [((5, 6, 4), Grid(40, 21)), ((300, 3, 3), Grid(5, 6, True)), 
     window = Window(1, 2, grid.width - 1, grid.height - 3)
     for logits in (torch.randn(shape), torch.randint(-2, 3, shape).float()):
         case = logits.permute(1, 2, 0).contiguous().permute(2, 0, 1), grid, window
-        ours, theirs = kernel.label(*case), blocked(*case)
+        ours, theirs = kernel_cuda.label(*case), blocked(*case)
         assert ours[0].dtype == theirs[0].dtype and torch.equal(ours[0], theirs[0])
         torch.testing.assert_close(ours[1], theirs[1], rtol=1e-5, atol=0)
 logits = torch.zeros(3, 4, 4)
 logits[0, 1, 1], logits[2, 3, 3] = float("nan"), float("inf")
-_, confidence = kernel.label(logits, Grid(4, 4), Window(0, 0, 4, 4))
+_, confidence = kernel_cuda.label(logits, Grid(4, 4), Window(0, 0, 4, 4))
 assert confidence.isnan().nonzero().tolist() == [[1, 1], [3, 3]], confidence
 """
 
 
-def test_the_kernel_gives_what_the_blocks_give() -> None:
+def test_the_kernel_of_gpus_gives_what_the_blocks_give() -> None:
     # Triton's interpreter runs it where there is no GPU; it is switched on before the kernel is defined.
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     ran = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
@@ -114,11 +161,11 @@ def test_the_kernel_gives_what_the_blocks_give() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu_the_kernel_gives_what_the_blocks_give_on_a_cpu() -> None:
-    from segray import kernel
+    from segray import kernel_cuda
 
     logits = torch.randn(21, 65, 65, generator=torch.Generator().manual_seed(0))
     case = Grid(520, 520), Window(0, 0, 520, 520)
-    label_map, confidence = kernel.label(logits.cuda(), *case)
+    label_map, confidence = kernel_cuda.label(logits.cuda(), *case)
     expected, expected_confidence = blocked(logits, *case)
     assert torch.equal(label_map.cpu(), expected)
     torch.testing.assert_close(confidence.cpu(), expected_confidence, rtol=1e-5, atol=0)
