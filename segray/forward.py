@@ -167,9 +167,7 @@ def fast_tail(device: torch.device) -> tuple[Tail, str | None]:
         else:
             from segray.kernel_cpu import label
         label(torch.zeros(1, 2, 2, device=device), Grid(4, 4), Window(0, 0, 4, 4))
-    except (
-        Exception
-    ) as error:  # no compiler, a GPU that it does not know: what Triton and Numba raise has no common base
+    except Exception as error:  # no compiler, an unknown GPU, …: what Triton and Numba raise has no common base
         return blocked, " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return label, None
 
@@ -265,19 +263,19 @@ def _ends(
 @torch.no_grad()
 def _folded(module: nn.Module, example: Tensor) -> nn.Module:
     """A copy without the batch norms that follow a convolution; the module itself where it gives other logits."""
-    folded, names, _, pairs = _found(module, (nn.BatchNorm2d,), example)
+    folded, logits, names, _, pairs = _found(module, (nn.BatchNorm2d,), example)
     for convolution, norm in pairs.items():
         assert isinstance(norm, nn.BatchNorm2d)
         folded.set_submodule(names[convolution], fuse_conv_bn_eval(convolution, norm))
         # Those of timm hold their activation.
         folded.set_submodule(names[norm], getattr(norm, "act", nn.Identity()))
-    return folded if pairs and _agree(module, folded, example) else module
+    return folded if pairs and _agree(logits, model.logits(folded, example)) else module
 
 
 @torch.no_grad()
 def _activated(module: nn.Module, example: Tensor) -> nn.Module:
     """Likewise without the activations, and with oneDNN's convolutions."""
-    activated, names, convolutions, pairs = _found(module, tuple(_ACTIVATIONS), example)
+    activated, logits, names, convolutions, pairs = _found(module, tuple(_ACTIVATIONS), example)
     for convolution in convolutions:
         is_plain = type(convolution) is nn.Conv2d  # others, such as those that pad by themselves, have their own ways
         if is_plain and convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str):
@@ -285,19 +283,18 @@ def _activated(module: nn.Module, example: Tensor) -> nn.Module:
             activated.set_submodule(names[convolution], _Convolution(convolution, activation))
             if convolution in pairs:
                 activated.set_submodule(names[activation], nn.Identity())
-    return activated if convolutions and _agree(module, activated, example) else module
+    return activated if convolutions and _agree(logits, model.logits(activated, example)) else module
 
 
-def _agree(module: nn.Module, other: nn.Module, example: Tensor) -> bool:
+def _agree(before: Tensor, then: Tensor) -> bool:
     """Whether logits are the same up to rounding. They are not where a convolution's output is used elsewhere too."""
-    before, then = model.logits(module, example), model.logits(other, example)
     return bool((before - then).abs().max() <= _FOLDED_WITHIN * before.abs().max())
 
 
 def _found(
     module: nn.Module, kinds: tuple[type[nn.Module], ...], example: Tensor
-) -> tuple[nn.Module, dict[nn.Module, str], set[nn.Conv2d], dict[nn.Conv2d, nn.Module]]:
-    """A copy, the names of its layers, its convolutions, and by them the layers of these kinds.
+) -> tuple[nn.Module, Tensor, dict[nn.Module, str], set[nn.Conv2d], dict[nn.Conv2d, nn.Module]]:
+    """A copy, its logits, the names of its layers, its convolutions, and by them the layers of these kinds.
 
     Only such as are used once, behind a convolution.
     """
@@ -315,8 +312,8 @@ def _found(
     names = {layer: name for name, layer in copied.named_modules()}
     handles = [layer.register_forward_pre_hook(look_up) for layer in names if isinstance(layer, kinds)]
     handles += [layer.register_forward_hook(remember) for layer in names if isinstance(layer, nn.Conv2d)]
-    model.logits(copied, example)
+    logits = model.logits(copied, example)
     for handle in handles:
         handle.remove()
     pairs = {used[0]: layer for layer, used in found.items() if len(used) == 1 and used[0] is not None}
-    return copied, names, {convolution for convolution, _ in given.values()}, pairs
+    return copied, logits, names, {convolution for convolution, _ in given.values()}, pairs

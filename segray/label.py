@@ -414,7 +414,6 @@ def _chain(
     from ray.data import ExecutionResources
 
     from segray.crf import Crf
-    from segray.predict import CPU_ENVIRONMENT
 
     context = ray.data.DataContext.get_current()
     context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=placement.max_cpus)
@@ -455,7 +454,6 @@ def _chain(
             ),
             num_cpus=placement.actor_cpus,
             num_gpus=placement.actor_gpus,
-            runtime_env={"env_vars": CPU_ENVIRONMENT} if placement.device == "cpu" else None,
         ).map_batches(_encode, **task, fn_kwargs={"classes": checkpoint.classes, "ledger": ledger})
     )
 
@@ -717,7 +715,10 @@ class _Predictor:
     """The actor: a `Predictor` that tells of itself."""
 
     def __init__(self, *, read_checkpoint: Callable[[], bytes], ledger: Any, **settings: Any) -> None:
-        from segray.predict import Predictor
+        from segray.predict import Predictor, keep_freed_memory
+
+        if settings["device"] == "cpu":
+            keep_freed_memory()
 
         def beat(num_images: int) -> None:
             ledger.beat.remote()

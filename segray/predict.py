@@ -1,5 +1,6 @@
 """Predictor, the actor class: images or windows of scenes in, label maps and class counts out. Runs without Ray."""
 
+import ctypes
 import math
 import time
 from collections import defaultdict
@@ -26,14 +27,7 @@ from segray.stitch import stitch, weight
 from segray.tail import Grid
 from segray.tile import Tiling, Window, windows, windows_into
 
-__all__ = ["CPU_ENVIRONMENT", "Prediction", "Predictor", "Raster"]
-
-CPU_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
-"""Under which a process on a CPU should start that holds a `Predictor`, where its C library is glibc.
-
-A batch's activations are large blocks, which glibc would map anew each time, and their page
-faults take as long as the convolutions do. So it keeps up to 1 GiB of what was freed.
-"""
+__all__ = ["Prediction", "Predictor", "Raster", "keep_freed_memory"]
 
 T = TypeVar("T")
 _Item = TypeVar("_Item", Decoded, "Raster")
@@ -43,8 +37,20 @@ _NUM_STREAMS = 2  # of a GPU: one computes, while the other's batch is copied to
 _MAX_PINNED_BYTES = 2**28  # which torch keeps for the next batch
 _FULL_BATCH_SIDE = {"cuda": 640, "cpu": 360}  # a CPU gains little from more, and all share its memory
 _MAX_ASPECT = 64
+_MALLOC = {-8: 1, -4: 0, -1: 2**30}  # of mallopt(3): arenas, blocks mapped on their own, bytes kept
 _NO_MEMORY = "out of memory"
 _EXAMPLE_SIDE = 64
+
+
+def keep_freed_memory() -> None:
+    """Has this process keep up to 1 GiB of what it frees, where its C library is glibc.
+
+    On a CPU a batch's activations are large blocks, which glibc would map anew each time, and their page faults take
+    as long as the convolutions do.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda name, value: None)
+    for name, value in _MALLOC.items():
+        mallopt(name, value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -144,6 +150,7 @@ class Predictor:
         self._crf = crf
         self._batch_size = batch_size
         self._device = torch.device(device)
+        compiling = ThreadPoolExecutor(1).submit(fast_tail, self._device)  # which takes a second, at best
         module = model.build(checkpoint)
         self._multiple = model.input_multiple(module)
         self._minimum = model.input_minimum(module)
@@ -152,12 +159,12 @@ class Predictor:
         side = _EXAMPLE_SIDE + self._padding(_EXAMPLE_SIDE, self._multiple)
         example = torch.rand(1, len(self._preprocessing.channels), side, side)
         module, self._aligns_corners = model.coarse(module)
-        self._tail, tail_error = fast_tail(self._device)
 
         def tell(choice: Choice) -> None:
             chosen(replace(choice, tail_error=tail_error))
 
         self._forward = Forward(module, example, device=self._device, dtype=dtype, chosen=tell)
+        self._tail, tail_error = compiling.result()
         self._keeps_confidence = keeps_confidence
         self._beat = beat
         self._tell_refined = refined

@@ -33,7 +33,6 @@ def session() -> Iterator[ModuleType]:
     # There is no dashboard here, and yet Ray would wait two seconds for the process that is without it.
     os.environ.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "0")
     import ray
-    import ray.data
 
     ours = not ray.is_initialized()
     if ours:
@@ -51,6 +50,9 @@ def session() -> Iterator[ModuleType]:
             raise Refused(f"{place}: {str(error).partition(chr(10))[0]}") from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end the process at once
+    # Only now, as workers start meanwhile.
+    import ray.data
+
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # a wrapping of Ray's would lose it on the way here

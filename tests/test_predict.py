@@ -1,5 +1,8 @@
 import copy
 import dataclasses
+import platform
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -636,6 +639,31 @@ def test_what_lacks_memory_beside_others_is_labelled_alone() -> None:
     crowded._num_threads = 2
     for expected, given_ in zip(only(roomy.predict(images)), only(crowded.predict(images)), strict=True):
         np.testing.assert_array_equal(given_.label_map, expected.label_map)
+
+
+FREED = """
+import resource
+import torch
+from segray.predict import keep_freed_memory
+
+def num_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.set_num_threads(1)
+mapped_anew = num_faults()
+keep_freed_memory()
+num_faults()
+assert num_faults() < mapped_anew / 10
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
+def test_memory_that_was_freed_is_not_mapped_anew() -> None:
+    ran = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_a_predictor_tells_how_many_images_each_forward_pass_was_for() -> None:

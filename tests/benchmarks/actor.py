@@ -1,6 +1,6 @@
 """The actor's path alone, without Ray: loops of one process, from decoded frames or JPEG bytes to label maps.
 
-Each is to run in a process of its own, and `fast` and `from_jpeg` under `predict.CPU_ENVIRONMENT` on a CPU.
+Each is to run in a process of its own.
 """
 
 import os
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from segray.decode import MAX_PIXELS, decode
-from segray.predict import Predictor
+from segray.predict import Predictor, keep_freed_memory
 from tests.benchmarks import eager
 
 T = TypeVar("T")
@@ -23,16 +23,28 @@ BLOCK = 128
 """Frames of 480×360 in some 64 MiB, which an actor is handed at a time."""
 
 WARM_UP = 2
-"""Rounds over the first block that are not timed: what is compiled is compiled there."""
+"""Rounds over the first block or batch that are not timed: what is compiled is compiled there."""
 
 
-def eager_loop(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) -> float:
-    """Images per second of the plain forward pass and argmax, on frames that are decoded."""
+def eager_loop(way: eager.Way, frames: Sequence[Path], device: str, dtype: str, is_compiled: bool = False) -> float:
+    """Images per second of the plain forward pass and argmax, on frames that are decoded.
+
+    Args:
+        way: of it model, weights and threads.
+        frames: JPEG files of one size.
+        device: where it runs.
+        dtype: of autocast.
+        is_compiled: whether torch's compiler makes the forward pass of it, with frozen weights.
+    """
     model = eager.build(way).to(device)
+    if is_compiled:
+        torch._inductor.config.freezing = True
+        model.compile()
     images = [decode(frame.read_bytes(), MAX_PIXELS) for frame in frames]
     batches = list(_split(images, eager.BATCH_SIZE))
     with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
-        eager.label_images(model, batches[0])
+        for _ in range(WARM_UP):
+            eager.label_images(model, batches[0])
         began = time.perf_counter()
         for batch in batches:
             eager.label_images(model, batch)
@@ -74,7 +86,9 @@ def from_jpeg(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) -
 
 
 def build(way: eager.Way, device: str, dtype: str, **more: Any) -> Predictor:
-    """The job's own; `more` are further settings."""
+    """The job's own, in a process that begins as the job's actors do; `more` are further settings."""
+    if device == "cpu":
+        keep_freed_memory()
     more |= {"batch_size": eager.BATCH_SIZE, "device": device, "dtype": dtype, "num_threads": way.threads}
     return Predictor(way.weights.read_bytes, **more)
 
