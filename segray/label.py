@@ -43,9 +43,10 @@ __all__ = ["Label", "Placement", "label", "place"]
 # Ray and torch are imported when the job starts, so that `--help` answers at once.
 
 _LABELLING = 4  # to be raised with any change of code that changes label maps: it begins new recipes
-_IMAGES_PER_BLOCK = 64, 512  # at first, and at most
-_WINDOWS_PER_BLOCK = 16, 64  # likewise; neighbours, which one task reads, decode what they share once
+_IMAGES_PER_BLOCK = 16, 64, 512  # in a short run, in others at first, and at most
+_WINDOWS_PER_BLOCK = 16, 16, 64  # likewise; neighbours, which one task reads, decode what they share once
 _NUM_SMALL_BLOCKS = 1000
+_BLOCKS_PER_MODEL = 4  # a run is short that has fewer: all models are to begin, and to end at about the same time
 _NUM_SAMPLE_BLOCKS = 4  # at least, that time passes between images
 _PIXEL_BYTES = 64 * 2**20
 _BLOCK_BYTES = 64 * 2**20  # at most; Ray's own, twice as many, would fill a small object store before it can tell
@@ -233,7 +234,7 @@ def label(job: Label) -> None:
         parts = sink.parts()  # before what is done: what a dying run commits in between is then seen at the end
         done = sink.done(with_rejects=not job.retry_rejects)
         pages = _pages(job, entries, area, sink, done, checkpoint, recipe["recipe"])
-        index = _index(pages, source, _per_block(job), job.batch_size)
+        index = _index(pages, source, _per_block(job), job.batch_size, placement.max_actors)
         sink.start(recipe)
         ledger = _start_ledger(ray, run.run_id, job.max_images, run.deadline)
         metrics.add_images("present", run.run_id, index.num_present)
@@ -913,7 +914,7 @@ class _Index:
         return self.num_loose + self.num_shards * _IMAGES_PER_SHARD
 
 
-def _per_block(job: Label) -> tuple[int, int]:
+def _per_block(job: Label) -> tuple[int, int, int]:
     return _IMAGES_PER_BLOCK if job.scenes.size is None else _WINDOWS_PER_BLOCK
 
 
@@ -922,14 +923,16 @@ def _noun(job: Label) -> str:
     return "images" if job.scenes.size is None else "windows"
 
 
-def _index(pages: Iterator[_Page], source: Any, per_block: tuple[int, int], first: int) -> _Index:
+def _index(pages: Iterator[_Page], source: Any, per_block: tuple[int, int, int], first: int, num_models: int) -> _Index:
     blocks: list[pa.Table] = []
+    least, small, large = per_block
     num_loose = num_shards = num_present = 0
     is_unversioned = False
     for page in pages:
         num_loose += page.loose.num_rows
         # Few at first, that all may begin; then more, that millions of images are some thousand blocks.
-        size = max(per_block[0], min(per_block[1], num_loose // _NUM_SMALL_BLOCKS))
+        size = max(least, min(small, num_loose // (_BLOCKS_PER_MODEL * num_models)))
+        size = max(size, min(large, num_loose // _NUM_SMALL_BLOCKS))
         # The very first is one batch, of which label maps are there soon.
         num_rows = page.loose.num_rows
         begins = range(0, num_rows, size) if blocks else [*range(min(num_rows, 1)), *range(first, num_rows, size)]
@@ -1161,7 +1164,7 @@ def _time_sample(
     began = time.time()
     with session() as ray:
         blocks = []
-        few = min(_per_block(job)[0], -(-job.sample // _NUM_SAMPLE_BLOCKS))
+        few = min(_per_block(job)[1], -(-job.sample // _NUM_SAMPLE_BLOCKS))
         for table, size in ((loose, few), (shards, 1)):
             # From all over the index, as its beginning may be like itself alone.
             rows = np.unique(np.linspace(0, table.num_rows, job.sample, endpoint=False, dtype=int))

@@ -33,11 +33,22 @@ from segray import demo
 from segray.crf import Crf
 from segray.decode import MAX_PIXELS, decode, decode_for
 from segray.errors import Locked, RunError, SettingsError, SourceError
-from segray.label import Label, _deadline, _Predictor, _start_ledger, label, place
+from segray.label import (
+    _IMAGES_PER_BLOCK,
+    Label,
+    _deadline,
+    _index,
+    _Page,
+    _Predictor,
+    _start_ledger,
+    label,
+    place,
+)
 from segray.labelmap import decode_png
 from segray.lock import hold
 from segray.model import Checkpoint, Preprocessing, load
 from segray.predict import Prediction, Predictor
+from segray.source import Source
 from segray.tile import Tiling
 from tests.awful import awful_files
 from tests.conftest import random_checkpoint
@@ -581,13 +592,39 @@ def test_a_sink_in_use_is_refused_with_its_holders_name(photos: Path, tmp_path: 
     assert {path.name for path in sink.iterdir()} == {"lock"}
 
 
+@pytest.mark.parametrize(
+    ("num_images", "num_models", "sizes"),
+    [
+        (10, 1, [10]),
+        (100, 1, [16, 25, 25, 25, 9]),
+        (100, 8, [16] * 6 + [4]),  # no less than a batch
+        (640, 2, [16, *[64] * 9, 48]),
+        (640, 8, [16, *[20] * 31, 4]),
+        (200_000, 2, [16, *[200] * 999, 184]),
+    ],
+)
+def test_blocks_are_so_many_that_all_models_have_some_and_so_few_that_they_are_cheap(
+    num_images: int, num_models: int, sizes: list[int]
+) -> None:
+    page = _Page(
+        loose=pa.table({"uri": [str(number) for number in range(num_images)]}),
+        shards=pa.table({"uri": pa.array([], pa.string())}),
+        num_present=0,
+        num_shards_done=0,
+        num_in_shards_done=0,
+        is_unversioned=False,
+    )
+    index = _index(iter([page]), Source("."), _IMAGES_PER_BLOCK, 16, num_models)
+    assert [block.num_rows for block in index.blocks] == sizes
+
+
 @pytest.mark.slow
 def test_a_run_in_which_nothing_goes_on_ends_and_names_what_is_outstanding(
     photos: Path, tmp_path: Path, small_model: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.mkfifo(photos / "never-ends.jpg")  # whoever reads it waits for a writer
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
-    monkeypatch.setattr("segray.label._IMAGES_PER_BLOCK", (5, 5))
+    monkeypatch.setattr("segray.label._IMAGES_PER_BLOCK", (5, 5, 5))
     sink = str(tmp_path / "labels")
     with (
         monkeypatch.context() as soon,

@@ -295,14 +295,14 @@ def test_a_scene_of_many_windows_is_in_few_blocks_from_the_first_on(monkeypatch:
     )
     monkeypatch.setattr("segray.label._NUM_SMALL_BLOCKS", 10)
     nothing = dataclasses.replace(page, loose=page.loose.slice(0, 0))
-    index = _index(iter([nothing, page, page]), Source("."), (4, 10), 3)
+    index = _index(iter([nothing, page, page]), Source("."), (4, 4, 10), 3, 1)
     assert [block.num_rows for block in index.blocks] == [3, *[7] * 9, 4, *[10] * 7]
 
 
 def test_tasks_decode_a_scene_in_tiles_fewer_than_three_times() -> None:
     side, tile, cut = 10_980, 1024, Scenes(size=1024)  # of Sentinel-2
     windows = cores(side, side, 1024)
-    per_task, _ = _WINDOWS_PER_BLOCK
+    per_task, *_ = _WINDOWS_PER_BLOCK
     num_decoded = 0
     for first in range(0, len(windows), per_task):
         around = [cut.around(core, side, side) for core in windows[first : first + per_task]]
