@@ -4,6 +4,7 @@ The modules, in the order in which data meets them:
 
     classes     Classes: ids, names, palette, ignore_index
     source      URI → what is there, and its bytes
+    objects     whole objects of S3, at little cost
     catalog     URI → which scenes there are, and a look at each
     decode      bytes → image, or a reject
     tile        Window, Tiling, Scenes: how images and scenes are cut

@@ -5,16 +5,28 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-__all__ = ["PAUSES_SECONDS", "S3_SETTINGS", "ShortRead", "codes", "is_refusal", "is_transient", "retrying"]
+__all__ = [
+    "CONNECT_SECONDS",
+    "PAUSES_SECONDS",
+    "READ_SECONDS",
+    "S3_SETTINGS",
+    "ShortRead",
+    "codes",
+    "is_refusal",
+    "is_transient",
+    "retrying",
+]
 
 T = TypeVar("T")
 
 PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """How long is waited before each further try; a store that answers none of them is taken for lost."""
 
+CONNECT_SECONDS, READ_SECONDS = 10, 30
+"""How long S3 may take to begin; what hangs is tried again, here, after less than botocore's minute."""
+
 S3_SETTINGS = {
-    # What hangs is tried again, here, after less than botocore's minute.
-    "config_kwargs": {"connect_timeout": 10, "read_timeout": 30, "retries": {"max_attempts": 2}},
+    "config_kwargs": {"connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS, "retries": {"max_attempts": 2}},
     # With more, s3fs asks for each object's size before it asks for the object.
     "max_concurrency": 1,
 }

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from jaxtyping import Bool, Shaped
 
+from segray import objects
 from segray.errors import Reject, RunError, SourceError
 from segray.retry import PAUSES_SECONDS, S3_SETTINGS, ShortRead, codes, is_refusal, is_transient, retrying
 
@@ -610,7 +611,9 @@ def _cat_once(uris: Iterable[str]) -> Iterator[tuple[str, bytes | Exception]]:
         paths = [fs._strip_protocol(uri) for uri in same]
         # Unlike cat, cat_ranges takes a name as it is: `photo[1].jpg` is no pattern.
         read = functools.partial(fs.cat_ranges, starts=None, ends=None, on_error="return")
-        if fs.async_impl:
+        if "s3" in fs.protocol:
+            found = objects.read(fs, paths, read, _threads())
+        elif fs.async_impl:
             found = read(paths)
         else:  # such file systems would read one after the other
             found = [data for [data] in _threads().map(read, [[path] for path in paths])]

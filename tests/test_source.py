@@ -37,7 +37,6 @@ from segray.source import (
     read_images,
     tar_samples,
 )
-from tests.s3 import Server
 
 NOTHING = np.array([], "S32")
 
@@ -538,7 +537,9 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.server_close()
 
 
-def test_an_object_of_s3_is_asked_for_once(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("s3")
+def test_an_object_that_is_left_to_s3fs_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segray.objects._buckets", lambda fs, names: {})
     fs, _ = filesystem("s3://segray")
     paths = [f"segray/source/once/{number}.jpg" for number in range(3)]
     fs.pipe({path: path.encode() for path in paths})
