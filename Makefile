@@ -66,8 +66,9 @@ lint: install
 	lint-imports
 
 # Each stage of an image; images per second of labelling, against bare loops, a DataLoader, Ray's documented recipe and
-# Daft, with tables and a plot in build/benchmark; of training, against its step; and a scene of 30,000 × 30,000 pixels,
-# its memory, and its windows per second against a bare loop. Without the extra's packages Daft and plots are left out.
+# Daft, with tables and a plot in build/benchmark; of training, against its step; a scene of 30,000 × 30,000 pixels, its
+# memory, and its windows per second against a bare loop; many models, a slow sink, and what all but the model takes.
+# Without the extra's packages Daft and plots are left out.
 benchmark: install
 	-$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[benchmark]'
 	python -m tests.benchmarks.stages
@@ -75,6 +76,8 @@ benchmark: install
 	python -m tests.benchmarks.training
 	python -m tests.benchmarks.throughput --model deeplabv3_resnet50
 	python -m tests.benchmarks.scenes
+	python -m tests.benchmarks.scale
+	python -m tests.benchmarks.overhead
 
 clean:
 	rm -rf build

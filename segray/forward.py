@@ -166,7 +166,7 @@ def fast_tail(device: torch.device) -> tuple[Tail, str | None]:
             from segray.kernel_cuda import label
         else:
             from segray.kernel_cpu import label
-        label(torch.zeros(1, 2, 2, device=device), Grid(4, 4), Window(0, 0, 4, 4))
+        label(torch.zeros(1, 1, 2, 2, device=device), Grid(4, 4), Window(0, 0, 4, 4))
     except Exception as error:  # no compiler, an unknown GPU, …: what Triton and Numba raise has no common base
         return blocked, " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return label, None

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float32, Int, Int64
 from torch import Tensor
 
-from segray.tail import LOG2_E, Grid, neighbours
+from segray.tail import LOG2_E, Grid, neighbours, results
 from segray.tile import Window
 
 __all__ = ["label"]
@@ -24,32 +24,31 @@ _TAYLOR = tuple(np.float32(math.log(2) ** n / math.factorial(n)) for n in range(
 
 
 def label(
-    logits: Float32[Tensor, "num_classes h w"], grid: Grid, window: Window
-) -> tuple[Int[Tensor, "height width"], Float32[Tensor, "height width"]]:
+    logits: Float32[Tensor, "batch num_classes h w"], grid: Grid, window: Window
+) -> tuple[Int[Tensor, "batch height width"], Float32[Tensor, "batch height width"]]:
     """A `tail.Tail`. Takes as many threads as torch does."""
-    num_classes, h, w = logits.shape
-    dtype = torch.uint8 if num_classes <= 256 else torch.int32
-    label_map = torch.empty(window.height, window.width, dtype=dtype)
-    confidence = torch.empty(window.height, window.width)
-    tops, row_weights = neighbours(h, grid.height, grid.align_corners, window.rows, logits.device)
-    lefts, column_weights = neighbours(w, grid.width, grid.align_corners, window.cols, logits.device)
-    rows = tops, row_weights.float(), label_map, confidence
-    columns = lefts.numpy(), column_weights.float().numpy()
+    num_images, num_classes, h, w = logits.shape
+    label_maps, confidence = results(num_images, num_classes, window, logits.device)
+    rows = neighbours(h, grid.height, grid.align_corners, window.rows, logits.device)
+    columns = neighbours(w, grid.width, grid.align_corners, window.cols, logits.device)
     # Else one that is not finite would reach its neighbour, at weight 0.
     step = 0 if (h, w) == (grid.height, grid.width) else 1
-    loop = _compiled(label_map.numpy().dtype)
+    loop = _compiled(label_maps.numpy().dtype)
 
-    def label_part(first: int, end: int) -> None:
-        loop(logits.numpy(), *(of_rows[first:end].numpy() for of_rows in rows), *columns, step)
+    def label_part(image: int, first: int, end: int) -> None:
+        of_rows = *rows, label_maps[image], confidence[image]
+        loop(logits[image].numpy(), *(some[first:end].numpy() for some in of_rows), *(c.numpy() for c in columns), step)
 
     num_parts = min(torch.get_num_threads(), window.height)
-    parts = list(pairwise(window.height * part // num_parts for part in range(num_parts + 1)))
+    bounds = [window.height * part // num_parts for part in range(num_parts + 1)]
+    parts = [(image, *part) for image in range(num_images) for part in pairwise(bounds)]
     if num_parts == 1:
-        label_part(*parts[0])
+        for part in parts:
+            label_part(*part)
     else:
         with ThreadPoolExecutor(num_parts) as threads:
             list(threads.map(label_part, *zip(*parts, strict=True)))
-    return label_map, confidence
+    return label_maps, confidence
 
 
 @functools.cache

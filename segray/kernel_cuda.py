@@ -1,12 +1,11 @@
 """The tail of a network as a kernel of Triton, for GPUs: each pixel's logits in registers."""
 
-import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float32, Int
 from torch import Tensor
 
-from segray.tail import LOG2_E, Grid, neighbours
+from segray.tail import LOG2_E, Grid, neighbours, results
 from segray.tile import Window
 
 __all__ = ["label"]
@@ -15,24 +14,17 @@ _BLOCK = 128
 
 
 def label(
-    logits: Float32[Tensor, "num_classes h w"], grid: Grid, window: Window
-) -> tuple[Int[Tensor, "height width"], Float32[Tensor, "height width"]]:
+    logits: Float32[Tensor, "batch num_classes h w"], grid: Grid, window: Window
+) -> tuple[Int[Tensor, "batch height width"], Float32[Tensor, "batch height width"]]:
     """A `tail.Tail`."""
-    num_classes, h, w = logits.shape
-    device = logits.device
-    dtype = torch.uint8 if num_classes <= 256 else torch.int32
-    label_map = torch.empty(window.height, window.width, dtype=dtype, device=device)
-    confidence = torch.empty(window.height, window.width, device=device)
-    tops, row_weights = neighbours(h, grid.height, grid.align_corners, window.rows, device)
-    lefts, column_weights = neighbours(w, grid.width, grid.align_corners, window.cols, device)
-    _label[(triton.cdiv(window.width, _BLOCK), window.height)](
+    num_images, num_classes, h, w = logits.shape
+    label_maps, confidence = results(num_images, num_classes, window, logits.device)
+    _label[(triton.cdiv(window.width, _BLOCK), window.height, num_images)](
         logits,
-        label_map,
+        label_maps,
         confidence,
-        tops,
-        row_weights.float(),
-        lefts,
-        column_weights.float(),
+        *neighbours(h, grid.height, grid.align_corners, window.rows, logits.device),
+        *neighbours(w, grid.width, grid.align_corners, window.cols, logits.device),
         num_classes,
         # Else one that is not finite would reach its neighbour, at weight 0.
         0 if (h, w) == (grid.height, grid.width) else 1,
@@ -44,13 +36,13 @@ def label(
         BLOCK=_BLOCK,
         enable_fp_fusion=False,  # a fused multiply-add would round otherwise than torch does
     )
-    return label_map, confidence
+    return label_maps, confidence
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _label(  # type: ignore[no-untyped-def]
     logits,
-    label_map,
+    label_maps,
     confidence,
     tops,
     row_weights,
@@ -61,12 +53,14 @@ def _label(  # type: ignore[no-untyped-def]
     h,
     w,
     width,
+    image_stride,
     class_stride,
     row_stride,
     column_stride,
     LOG2_E: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    image = tl.program_id(2).to(tl.int64)
     row = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -76,6 +70,7 @@ def _label(  # type: ignore[no-untyped-def]
     left = tl.load(lefts + columns, mask=inside, other=0)
     right = tl.minimum(left + step, w - 1)
     column_weight = tl.load(column_weights + columns, mask=inside, other=0.0)
+    logits += image * image_stride
     corners = (
         logits + top * row_stride + left * column_stride,
         logits + top * row_stride + right * column_stride,
@@ -92,8 +87,8 @@ def _label(  # type: ignore[no-untyped-def]
     for class_id in range(num_classes):
         value = _value(corners, class_id * class_stride, row_weight, column_weight)
         total += tl.exp2((value - best) * LOG2_E)
-    pixels = row * width + columns
-    tl.store(label_map + pixels, first.to(label_map.dtype.element_ty), mask=inside)
+    pixels = (image * tl.num_programs(1) + row) * width + columns
+    tl.store(label_maps + pixels, first.to(label_maps.dtype.element_ty), mask=inside)
     tl.store(confidence + pixels, 1.0 / total, mask=inside)
 
 

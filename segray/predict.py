@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TypeVar
 
 import numpy as np
@@ -403,7 +404,7 @@ class Predictor:
         if self._crf is not None or pixels.shape[-2:] != own_size:
             return self._label(self._logits(fed, self._multiple), given, own_size)
         logits, grid = self._coarse_logits(fed, self._multiple)
-        return [self._prediction(of_image, grid, Window(0, 0, width, height)) for of_image in logits]
+        return self._predictions(logits, grid, Window(0, 0, width, height))
 
     def _label_rasters(self, rasters: Sequence[Raster], num_tiles: int | None) -> list[Prediction]:
         values = self._stacked([raster.values for raster in rasters])
@@ -412,10 +413,12 @@ class Predictor:
         if self._is_tiled(*fed.shape[-2:]):
             return [self._label_raster_tiled(*pair, num_tiles) for pair in zip(rasters, fed, strict=True)]
         logits, grid = self._coarse_logits(fed, self._stride)
-        return [
-            self._prediction(of_raster, grid, raster.core, raster.labelled)
-            for of_raster, raster in zip(logits, rasters, strict=True)
-        ]
+        predictions: list[Prediction] = []
+        for core, some in groupby(rasters, lambda raster: raster.core):
+            labelled = np.stack([raster.labelled for raster in some])
+            first, end = len(predictions), len(predictions) + len(labelled)
+            predictions += self._predictions(logits[first:end], grid, core, labelled)
+        return predictions
 
     def _is_tiled(self, height: int, width: int) -> bool:
         return max(height, width) > self._tiling.size
@@ -495,7 +498,7 @@ class Predictor:
         bands = (band[None] for band in self._stitched(tiles(), cut[0], input_width))
         if self._crf is not None or pixels.shape[-2:] != own_size:
             return self._label(torch.cat(list(bands), dim=2), image[None], own_size)[0]
-        return _joined([self._prediction(band[0], *_as_they_are(band[0])) for band in bands])
+        return _joined([self._predictions(band, *_as_they_are(band))[0] for band in bands])
 
     def _label_raster_tiled(
         self, raster: Raster, fed: Float[Tensor, "channels height width"], num_together: int | None
@@ -546,7 +549,7 @@ class Predictor:
     ) -> Prediction:
         """The logits of some rows of a raster's core to their label map."""
         labelled = raster.labelled[first_row : first_row + logits.shape[1]]
-        return self._prediction(logits, *_as_they_are(logits), labelled)
+        return self._predictions(logits[None], *_as_they_are(logits[None]), labelled[None])[0]
 
     def _without_data(self, raster: Raster) -> Prediction:
         num_classes, shape = len(self._classes), (raster.core.height, raster.core.width)
@@ -566,21 +569,22 @@ class Predictor:
         """Logits, brought to the images' own size, to label maps."""
         height, width = own_size
         grid, window = Grid(height, width), Window(0, 0, width, height)
+        if self._crf is None:
+            return self._predictions(logits, grid, window)
+        # One by one, as each stands at full size.
         return [
-            self._prediction(self._refined(of_image, image), grid, window)
-            for of_image, image in zip(logits, images, strict=True)
+            self._predictions(self._refined(*pair, self._crf)[None], grid, window)[0]
+            for pair in zip(logits, images, strict=True)
         ]
 
     def _refined(
-        self, logits: Float[Tensor, "num_classes h w"], image: UInt8[Tensor, "3 height width"]
-    ) -> Float[Tensor, "num_classes _ _"]:
-        """The logits as they are, or with a CRF those of the refined probabilities, at the image's own size."""
-        if self._crf is None:
-            return logits
+        self, logits: Float[Tensor, "num_classes h w"], image: UInt8[Tensor, "3 height width"], crf: Crf
+    ) -> Float[Tensor, "num_classes height width"]:
+        """Those of the refined probabilities, at the image's own size."""
         self._synchronise()
         began = time.perf_counter()
         full = _resized_to(logits[None], Grid(*image.shape[-2:]))[0]
-        probabilities = refine(full, image, self._crf)
+        probabilities = refine(full, image, crf)
         refined = probabilities.clamp_(min=torch.finfo(probabilities.dtype).tiny).log_()
         self._synchronise()
         self._tell_refined(time.perf_counter() - began)
@@ -590,42 +594,50 @@ class Predictor:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _prediction(
+    def _predictions(
         self,
-        logits: Float[Tensor, "num_classes h w"],
+        logits: Float[Tensor, "batch num_classes h w"],
         grid: Grid,
         window: Window,
-        labelled: Bool[np.ndarray, "height width"] | None = None,
-    ) -> Prediction:
-        """Labels a window of the grid for which the logits are meant.
+        labelled: Bool[np.ndarray, "batch height width"] | None = None,
+    ) -> list[Prediction]:
+        """Labels a window of the grid for which the logits are meant, of all images together.
+
+        On a GPU each step of an image of its own would take longer to ask for than to do.
 
         Args:
-            logits: of one image.
-            grid: its pixels.
+            logits: of images of one size.
+            grid: the pixels of each.
             window: which of them.
             labelled: which of the window's pixels. None: all.
         """
-        num_classes = len(self._classes)
-        label_map, confidence = self._tail(logits, grid, window)
-        valid = None if labelled is None else torch.tensor(labelled, device=self._device)
-        found, probability = (label_map, confidence) if valid is None else (label_map[valid], confidence[valid])
-        found = found.flatten()
-        num_pixels = torch.bincount(found, minlength=num_classes)
-        confidence_sum = torch.bincount(found, probability.flatten().double(), num_classes)
+        num_images, num_classes = len(logits), len(self._classes)
+        label_maps, confidence = self._tail(logits, grid, window)
+        valid = None if labelled is None else torch.from_numpy(labelled).to(self._device)
+        found, probability = label_maps, confidence
+        if num_images > 1:  # each image with bins of its own
+            firsts = torch.arange(0, num_images * num_classes, num_classes, dtype=torch.int32, device=self._device)
+            found = found + firsts[:, None, None]
+        if valid is not None:
+            found, probability = found[valid], probability[valid]
+        found, num_bins = found.flatten(), num_images * num_classes
+        num_pixels = torch.bincount(found, minlength=num_bins)
+        confidence_sums = torch.bincount(found, probability.flatten().double(), num_bins)
         kept = None
         if self._keeps_confidence:
             # Not finite is no number of 8 bits; such an image is a reject, by its sums.
             kept = confidence.nan_to_num(0).mul_(255).round_().clamp_(min=1)
         if valid is not None:
-            label_map.masked_fill_(~valid, self._classes.ignore_index)
+            label_maps.masked_fill_(~valid, self._classes.ignore_index)
             if kept is not None:
                 kept.masked_fill_(~valid, 0)
-        return Prediction(
-            label_map=label_map.cpu().numpy().astype(dtype_for(num_classes), copy=False),
-            num_pixels=num_pixels.cpu().numpy(),
-            confidence_sum=confidence_sum.double().cpu().numpy(),
-            confidence=None if kept is None else kept.to(torch.uint8).cpu().numpy(),
-        )
+        columns = [
+            label_maps.cpu().numpy().astype(dtype_for(num_classes), copy=False),
+            num_pixels.view(num_images, num_classes).cpu().numpy(),
+            confidence_sums.view(num_images, num_classes).double().cpu().numpy(),
+            [None] * num_images if kept is None else kept.to(torch.uint8).cpu().numpy(),
+        ]
+        return [Prediction(*fields) for fields in zip(*columns, strict=True)]
 
 
 def _take_stream(device: torch.device) -> None:
@@ -633,9 +645,9 @@ def _take_stream(device: torch.device) -> None:
     torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
-def _as_they_are(logits: Float[Tensor, "num_classes height width"]) -> tuple[Grid, Window]:
+def _as_they_are(logits: Float[Tensor, "batch num_classes height width"]) -> tuple[Grid, Window]:
     """The grid of logits of which each is meant for a pixel, and all of it."""
-    _, height, width = logits.shape
+    height, width = logits.shape[-2:]
     return Grid(height, width), Window(0, 0, width, height)
 
 

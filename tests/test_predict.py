@@ -908,6 +908,23 @@ def test_rasters_of_several_shapes_come_back_in_their_order() -> None:
     assert_same(only(made.predict_windows(rasters)), alone)
 
 
+def test_rasters_of_one_shape_with_cores_of_several_are_labelled_each_by_its_own() -> None:
+    cores = [Window(2, 2, 20, 10), Window(2, 2, 20, 10), Window(0, 2, 22, 18), Window(2, 2, 20, 10)]
+    rasters = []
+    for seed, core in enumerate(cores):
+        values, valid = scene(20, 30, seed=seed), data_mask(20, 30)
+        rasters.append(Raster(values=values, valid=valid & (values[0] < values[0].mean() + seed), core=core))
+    made = with_module(Strided(1), FOUR_BANDS, keeps_confidence=True)
+    alone = [only(made.predict_windows([raster]))[0] for raster in rasters]
+    together = only(made.predict_windows(rasters))
+    assert_same(together, alone)
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours.confidence is not None
+        assert theirs.confidence is not None
+        np.testing.assert_array_equal(ours.confidence, theirs.confidence)
+    assert len({tuple(prediction.num_pixels) for prediction in together}) == len(rasters)
+
+
 @pytest.mark.parametrize("size", [1024, 48])
 def test_what_is_not_wanted_is_seen_and_not_labelled(size: int) -> None:
     values, valid = scene(60, 90), data_mask(60, 90)
