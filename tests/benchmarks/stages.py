@@ -18,6 +18,7 @@ from typing import Literal, TypeVar
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 import tyro
 from PIL import Image
 
@@ -29,6 +30,8 @@ from segray.forward import DType
 from segray.labelmap import encode_png
 from segray.predict import Predictor
 from segray.source import Source, fetch
+from segray.tail import Grid
+from segray.tile import Window
 from tests.benchmarks import actor, eager
 
 T = TypeVar("T")
@@ -100,8 +103,8 @@ def images_per_second(name: str, settings: Stages) -> float:
     return num_batches * settings.batch_size / (time.perf_counter() - begin)
 
 
-def of_model(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) -> tuple[float, float]:
-    """Milliseconds for an image of `Predictor`'s forward pass, with what comes before, and of its tail.
+def of_model(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) -> tuple[float, float, float]:
+    """Milliseconds for an image of `Predictor`'s forward pass, with what comes before, of its tail, and of a plain one.
 
     Args:
         way: of it model, weights and threads, which is to be one.
@@ -120,8 +123,16 @@ def of_model(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) ->
     images = [decode(frame.read_bytes(), MAX_PIXELS) for frame in frames[: eager.BATCH_SIZE]]
     predictor.predict(images)
     batch = images[: max(num_images for _, num_images in beats)]  # what one forward pass takes
+    coarse, fused = [], predictor._tail
+
+    def remember(logits: torch.Tensor, grid: Grid, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
+        coarse.append((logits, grid))
+        return fused(logits, grid, window)
+
+    predictor._tail = remember
     predictor.predict(batch)
-    forward, tail = [], []
+    predictor._tail = fused
+    forward, tail, plain = [], [], []
     for _ in range(5):
         beats.clear()
         began = time.perf_counter()
@@ -130,8 +141,21 @@ def of_model(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) ->
         [(between, _)] = beats
         forward.append(between - began)
         tail.append(ended - between)
+        _plain_tail(*coarse[-1])
+        plain.append(time.perf_counter() - ended)
     per_image = 1000 / len(batch)
-    return min(forward) * per_image, min(tail) * per_image
+    return min(forward) * per_image, min(tail) * per_image, min(plain) * per_image
+
+
+@torch.inference_mode()
+def _plain_tail(logits: torch.Tensor, grid: Grid) -> None:
+    """As it is written without one: logits and probabilities at full size, then classes, their counts and sums."""
+    full = F.interpolate(logits, (grid.height, grid.width), mode="bilinear")
+    confidence, label_maps = full.softmax(1).max(1)
+    for label_map, probability in zip(label_maps, confidence, strict=True):
+        torch.bincount(label_map.flatten(), minlength=eager.NUM_CLASSES).cpu()
+        torch.bincount(label_map.flatten(), probability.flatten().double(), eager.NUM_CLASSES).cpu()
+    label_maps.byte().cpu().numpy()
 
 
 def of_feeding(frames: Sequence[Path], source: str | None = None, sink: str | None = None) -> dict[str, float]:

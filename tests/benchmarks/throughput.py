@@ -322,11 +322,11 @@ def of_model(settings: Throughput, way: eager.Way, frames: Sequence[Path]) -> tu
     way = dataclasses.replace(way, threads=1)
     device, (height, width) = settings.device, settings.size
     convolutions = roofline.convolutions(settings.model, height, width)
-    forward, tail = apart(stages.of_model, way, frames, device, settings.dtype)
-    milliseconds = {f"forward, {settings.dtype}": forward, "tail": tail}
+    forward, tail, plain_tail = apart(stages.of_model, way, frames, device, settings.dtype)
+    milliseconds = {f"forward, {settings.dtype}": forward, "tail": tail, "tail, as it is plainly written": plain_tail}
     passes = [("eager", "float32", apart(roofline.eager_milliseconds, way, device, height, width))]
     if settings.dtype != "float32":
-        plain, _ = apart(stages.of_model, way, frames, device, "float32")
+        plain, *_ = apart(stages.of_model, way, frames, device, "float32")
         passes.append(("fast", "float32", plain))
     passes.append(("fast", settings.dtype, forward))
     ceilings = {dtype: apart(roofline.ceilings, device, way.threads, dtype) for _, dtype, _ in passes}
