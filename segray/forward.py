@@ -23,7 +23,7 @@ from segray import model
 from segray.tail import Grid, Tail, blocked
 from segray.tile import Window
 
-__all__ = ["MIN_AGREEMENT", "Choice", "DType", "Forward", "fast_dtype", "fast_tail"]
+__all__ = ["MIN_AGREEMENT", "Choice", "DType", "Forward", "fast_dtype", "fast_tail", "told"]
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -54,8 +54,8 @@ class Choice:
     """The share of the first batch's pixels whose class is that of eager float32; None where it is that itself."""
     refused: float | None = None
     """That of the device's fast dtype, where it was too low to be taken."""
-    tail_error: str | None = None
-    """Why the kernel of the network's tail could not be compiled, where it could not."""
+    error: str | None = None
+    """What raised where a faster way was tried: the fast dtype, or the compilation of the tail's kernel."""
 
 
 class Forward:
@@ -74,7 +74,7 @@ class Forward:
 
         Args:
             module: in evaluation mode, on the CPU.
-            example: some input, by which batch norms are found that can be folded.
+            example: some input, by which is found what layers follow one another, and how much each has to do.
             device: where it is to run.
             dtype: what convolutions and matrix products are to be in; auto: bfloat16 where the device is fast in it
                 and the first batch agrees, else float32. Any other is taken as it is said, and so is that of a
@@ -124,21 +124,39 @@ class Forward:
     def _choose(self, values: Tensor) -> None:
         """Goes through the ways until one agrees with the module as it stands."""
         some = values[:_NUM_CHECKED]
-        taken, agreement, refused = (self._module, self._dtype), None, None
+        taken, agreement, refused, failure = (self._module, self._dtype), None, None, None
         expected = self._classes(*taken, some) if self._ways else torch.empty(0)
-        for module, dtype in self._ways:
+        for number, (module, dtype) in enumerate(self._ways, 1):
             taken = self._placed(_lowered(module, dtype, self._example, self._device), dtype), dtype
-            agreement = float(torch.eq(self._classes(*taken, some), expected).double().mean())
+            try:
+                classes = self._classes(*taken, some)
+            except (torch.OutOfMemoryError, MemoryError, torch.AcceleratorError):  # the next batch's turn
+                raise
+            except Exception as error:  # a model may raise anything
+                if number == len(self._ways):
+                    raise
+                failure = failure or f"the model fails in {_name(dtype)}: {told(error)}"
+                continue
+            agreement = float(torch.eq(classes, expected).double().mean())
             if agreement >= MIN_AGREEMENT:
                 break
             refused = agreement if refused is None and len(self._ways) > 1 else refused
         self._module, self._dtype = taken
         self._ways = []
-        self._chosen(Choice(str(self._dtype).removeprefix("torch."), agreement, refused))
+        self._chosen(Choice(_name(self._dtype), agreement, refused, failure))
 
     def _classes(self, module: nn.Module, dtype: torch.dtype, values: Tensor) -> Int64[Tensor, "batch height width"]:
         logits = self._logits(module, dtype, values)
         return F.interpolate(logits, values.shape[-2:], mode="bilinear").argmax(1)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def told(error: Exception) -> str:
+    """An exception in one line, which may be cut."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -159,40 +177,41 @@ def _has_onednn(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and knows_bfloat16)
 
 
-def fast_tail(device: torch.device) -> tuple[Tail, str | None]:
+def fast_tail(device: torch.device, num_classes: int) -> tuple[Tail, str | None]:
     """The device's kernel, where it can be compiled (Triton needs a C compiler for it), else `blocked`, and why."""
     try:
         if device.type == "cuda":
             from segray.kernel_cuda import label
         else:
             from segray.kernel_cpu import label
-        label(torch.zeros(1, 1, 2, 2, device=device), Grid(4, 4), Window(0, 0, 4, 4))
+        logits = torch.zeros(1, num_classes, 2, 2, device=device)
+        label(logits.contiguous(memory_format=torch.channels_last), Grid(4, 4), Window(0, 0, 4, 4))
     except Exception as error:  # no compiler, an unknown GPU, …: what Triton and Numba raise has no common base
-        return blocked, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return blocked, f"the kernel of the network's tail could not be compiled: {told(error)}"
     return label, None
 
 
-class _Convolution(nn.Module):
+class _Convolution(nn.Conv2d):
     """A convolution of oneDNN, and the activation after it before its output goes to memory.
 
     Its bias stays in float32, whatever its weights are in: torch's own rounds it, for nothing.
     """
 
     def __init__(self, convolution: nn.Conv2d, activation: nn.Module) -> None:
-        super().__init__()
-        self.weight, self.bias = convolution.weight, convolution.bias
-        self._shape = convolution.padding, convolution.stride, convolution.dilation, convolution.groups
+        nn.Module.__init__(self)
+        vars(self).update(vars(convolution))  # a model may look at it
         self._activation = _ACTIVATIONS[type(activation)]
 
     def forward(self, values: Tensor) -> Tensor:
         values = values.to(self.weight.dtype)  # autocast does not know this one
+        shape = self.padding, self.stride, self.dilation, self.groups
         result: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            values, self.weight, self.bias, *self._shape, *self._activation, ""
+            values, self.weight, self.bias, *shape, *self._activation, ""
         )
         return result
 
 
-_LOWERED = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear, _Convolution)
+_LOWERED = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
 class _Exact(nn.Module):
@@ -269,12 +288,12 @@ def _folded(module: nn.Module, example: Tensor) -> nn.Module:
         folded.set_submodule(names[convolution], fuse_conv_bn_eval(convolution, norm))
         # Those of timm hold their activation.
         folded.set_submodule(names[norm], getattr(norm, "act", nn.Identity()))
-    return folded if pairs and _agree(logits, model.logits(folded, example)) else module
+    return folded if pairs and _gives(folded, logits, example) else module
 
 
 @torch.no_grad()
 def _activated(module: nn.Module, example: Tensor) -> nn.Module:
-    """Likewise without the activations, and with oneDNN's convolutions."""
+    """A copy whose convolutions are oneDNN's, with the activations that follow them; the module itself likewise."""
     activated, logits, names, convolutions, pairs = _found(module, tuple(_ACTIVATIONS), example)
     for convolution in convolutions:
         is_plain = type(convolution) is nn.Conv2d  # others, such as those that pad by themselves, have their own ways
@@ -283,12 +302,16 @@ def _activated(module: nn.Module, example: Tensor) -> nn.Module:
             activated.set_submodule(names[convolution], _Convolution(convolution, activation))
             if convolution in pairs:
                 activated.set_submodule(names[activation], nn.Identity())
-    return activated if convolutions and _agree(logits, model.logits(activated, example)) else module
+    return activated if convolutions and _gives(activated, logits, example) else module
 
 
-def _agree(before: Tensor, then: Tensor) -> bool:
-    """Whether logits are the same up to rounding. They are not where a convolution's output is used elsewhere too."""
-    return bool((before - then).abs().max() <= _FOLDED_WITHIN * before.abs().max())
+def _gives(module: nn.Module, expected: Tensor, example: Tensor) -> bool:
+    """Whether it gives these logits up to rounding. It does not where a convolution's output is used elsewhere too."""
+    try:
+        given = model.logits(module, example)
+    except Exception:  # a model may look for what is no longer there, and raise whatever it does then
+        return False
+    return bool((expected - given).abs().max() <= _FOLDED_WITHIN * expected.abs().max())
 
 
 def _found(

@@ -1,6 +1,5 @@
 """The tail of a network as a loop that Numba compiles, for CPUs: each row's logits in the first caches."""
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import torch
 from jaxtyping import Float32, Int, Int64
 from torch import Tensor
 
-from segray.tail import LOG2_E, Grid, neighbours, results
+from segray.tail import LOG2_E, Grid, empty_maps, neighbours
 from segray.tile import Window
 
 __all__ = ["label"]
@@ -28,7 +27,7 @@ def label(
 ) -> tuple[Int[Tensor, "batch height width"], Float32[Tensor, "batch height width"]]:
     """A `tail.Tail`. Takes as many threads as torch does."""
     num_images, num_classes, h, w = logits.shape
-    label_maps, confidence = results(num_images, num_classes, window, logits.device)
+    label_maps, confidence = empty_maps(num_images, num_classes, window, logits.device)
     rows = neighbours(h, grid.height, grid.align_corners, window.rows, logits.device)
     columns = neighbours(w, grid.width, grid.align_corners, window.cols, logits.device)
     # Else one that is not finite would reach its neighbour, at weight 0.
@@ -54,12 +53,13 @@ def label(
 @functools.cache
 def _compiled(dtype: np.dtype) -> Callable[..., None]:
     """The loop for label maps of this dtype, which runs without Python's lock."""
-    loop = numba.njit(nogil=True, error_model="numpy")(_label)
-    with contextlib.suppress(RuntimeError):  # where no folder can be written, each process compiles it anew
-        loop.enable_caching()
     numbers, positions = numba.float32[::1], numba.int64[::1]
     maps = numba.from_dtype(dtype)[:, ::1], numba.float32[:, ::1]
-    loop.compile((numba.float32[:, :, :], positions, numbers, *maps, positions, numbers, numba.int64))
+    form = numba.void(numba.float32[:, :, :], positions, numbers, *maps, positions, numbers, numba.int64)
+    try:
+        loop: Callable[..., None] = numba.njit(form, nogil=True, error_model="numpy", cache=True)(_label)
+    except RuntimeError:  # no folder can be written: each process compiles it anew
+        loop = numba.njit(form, nogil=True, error_model="numpy")(_label)
     return loop
 
 

@@ -5,7 +5,7 @@ import triton.language as tl
 from jaxtyping import Float32, Int
 from torch import Tensor
 
-from segray.tail import LOG2_E, Grid, neighbours, results
+from segray.tail import LOG2_E, Grid, empty_maps, neighbours
 from segray.tile import Window
 
 __all__ = ["label"]
@@ -18,8 +18,8 @@ def label(
 ) -> tuple[Int[Tensor, "batch height width"], Float32[Tensor, "batch height width"]]:
     """A `tail.Tail`."""
     num_images, num_classes, h, w = logits.shape
-    label_maps, confidence = results(num_images, num_classes, window, logits.device)
-    _label[(triton.cdiv(window.width, _BLOCK), window.height, num_images)](
+    label_maps, confidence = empty_maps(num_images, num_classes, window, logits.device)
+    _label[(window.height, triton.cdiv(window.width, _BLOCK), num_images)](
         logits,
         label_maps,
         confidence,
@@ -61,8 +61,8 @@ def _label(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
 ):
     image = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(1)
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     top = tl.load(tops + row)
     bottom = tl.minimum(top + step, h - 1)
@@ -80,14 +80,14 @@ def _label(  # type: ignore[no-untyped-def]
     best = _value(corners, 0, row_weight, column_weight)
     first = tl.zeros([BLOCK], dtype=tl.int32)
     for class_id in range(1, num_classes):
-        value = _value(corners, class_id * class_stride, row_weight, column_weight)
+        value = _value(corners, tl.cast(class_id, tl.int64) * class_stride, row_weight, column_weight)
         first = tl.where(value > best, class_id, first)
         best = tl.maximum(value, best, propagate_nan=tl.PropagateNan.ALL)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for class_id in range(num_classes):
-        value = _value(corners, class_id * class_stride, row_weight, column_weight)
+        value = _value(corners, tl.cast(class_id, tl.int64) * class_stride, row_weight, column_weight)
         total += tl.exp2((value - best) * LOG2_E)
-    pixels = (image * tl.num_programs(1) + row) * width + columns
+    pixels = (image * tl.num_programs(0) + row) * width + columns
     tl.store(label_maps + pixels, first.to(label_maps.dtype.element_ty), mask=inside)
     tl.store(confidence + pixels, 1.0 / total, mask=inside)
 

@@ -415,6 +415,7 @@ def _chain(
     from ray.data import ExecutionResources
 
     from segray.crf import Crf
+    from segray.predict import CPU_ENVIRONMENT
 
     context = ray.data.DataContext.get_current()
     context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=placement.max_cpus)
@@ -455,6 +456,7 @@ def _chain(
             ),
             num_cpus=placement.actor_cpus,
             num_gpus=placement.actor_gpus,
+            runtime_env={"env_vars": CPU_ENVIRONMENT} if placement.device == "cpu" else None,
         ).map_batches(_encode, **task, fn_kwargs={"classes": checkpoint.classes, "ledger": ledger})
     )
 
@@ -716,10 +718,7 @@ class _Predictor:
     """The actor: a `Predictor` that tells of itself."""
 
     def __init__(self, *, read_checkpoint: Callable[[], bytes], ledger: Any, **settings: Any) -> None:
-        from segray.predict import Predictor, keep_freed_memory
-
-        if settings["device"] == "cpu":
-            keep_freed_memory()
+        from segray.predict import Predictor
 
         def beat(num_images: int) -> None:
             ledger.beat.remote()
@@ -1239,8 +1238,8 @@ def _print_summary(job: Label, record: Mapping[str, Any]) -> None:
             )
         if models["agreement"] is not None:
             print(f"computed in {models['dtype']}: {models['agreement']:.2%} of the first batch's pixels as in float32")
-        if models["tail_error"] is not None:
-            print(f"the network's tail ran without its kernel, which could not be compiled: {models['tail_error']}")
+        if models["error"] is not None:
+            print(f"slower than it should be, as {models['error']}")
     rate, crf_ms = record["images_per_second"], record["crf_ms_per_image"]
     print(
         f"{seconds['total']:.1f} s in all, {seconds['start']:.1f} s of them to the first label map"

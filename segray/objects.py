@@ -44,7 +44,7 @@ def read(
     answers = zip(asked, threads.map(lambda place: place[0].get(place[1]), asked.values()), strict=True)
     contents: dict[str, bytes | Exception] = {path: data for path, data in answers if data is not None}
     left = [path for path in paths if path not in contents]
-    for path, data in zip(left, others(left), strict=True):
+    for path, data in zip(left, others(left) if left else [], strict=True):
         contents[path] = data
         if path in asked and isinstance(data, bytes):
             asked[path][0].was_read_by_others()

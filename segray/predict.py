@@ -1,6 +1,5 @@
 """Predictor, the actor class: images or windows of scenes in, label maps and class counts out. Runs without Ray."""
 
-import ctypes
 import math
 import time
 from collections import defaultdict
@@ -28,7 +27,14 @@ from segray.stitch import stitch, weight
 from segray.tail import Grid
 from segray.tile import Tiling, Window, windows, windows_into
 
-__all__ = ["Prediction", "Predictor", "Raster", "keep_freed_memory"]
+__all__ = ["CPU_ENVIRONMENT", "Prediction", "Predictor", "Raster"]
+
+CPU_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+"""Under which a process on a CPU should start that holds a `Predictor`, where its C library is glibc.
+
+A batch's activations are large blocks, which glibc would map anew each time, and their page
+faults take as long as the convolutions do. So it keeps up to 1 GiB of what was freed.
+"""
 
 T = TypeVar("T")
 _Item = TypeVar("_Item", Decoded, "Raster")
@@ -38,20 +44,8 @@ _NUM_STREAMS = 2  # of a GPU: one computes, while the other's batch is copied to
 _MAX_PINNED_BYTES = 2**28  # which torch keeps for the next batch
 _FULL_BATCH_SIDE = {"cuda": 640, "cpu": 360}  # a CPU gains little from more, and all share its memory
 _MAX_ASPECT = 64
-_MALLOC = {-8: 1, -4: 0, -1: 2**30}  # of mallopt(3): arenas, blocks mapped on their own, bytes kept
 _NO_MEMORY = "out of memory"
 _EXAMPLE_SIDE = 64
-
-
-def keep_freed_memory() -> None:
-    """Has this process keep up to 1 GiB of what it frees, where its C library is glibc.
-
-    On a CPU a batch's activations are large blocks, which glibc would map anew each time, and their page faults take
-    as long as the convolutions do.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda name, value: None)
-    for name, value in _MALLOC.items():
-        mallopt(name, value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -151,7 +145,8 @@ class Predictor:
         self._crf = crf
         self._batch_size = batch_size
         self._device = torch.device(device)
-        compiling = ThreadPoolExecutor(1).submit(fast_tail, self._device)  # which takes a second, at best
+        # Which takes a second, at best.
+        compiling = ThreadPoolExecutor(1).submit(fast_tail, self._device, len(self._classes))
         module = model.build(checkpoint)
         self._multiple = model.input_multiple(module)
         self._minimum = model.input_minimum(module)
@@ -162,7 +157,7 @@ class Predictor:
         module, self._aligns_corners = model.coarse(module)
 
         def tell(choice: Choice) -> None:
-            chosen(replace(choice, tail_error=tail_error))
+            chosen(replace(choice, error=choice.error or tail_error))
 
         self._forward = Forward(module, example, device=self._device, dtype=dtype, chosen=tell)
         self._tail, tail_error = compiling.result()
@@ -570,7 +565,10 @@ class Predictor:
         height, width = own_size
         grid, window = Grid(height, width), Window(0, 0, width, height)
         if self._crf is None:
-            return self._predictions(logits, grid, window)
+            # Images that are brought to a smaller size may have many more pixels than were fed.
+            together = max(1, self._batch_size * _FULL_BATCH_SIDE[self._device.type] ** 2 // (height * width))
+            some = (self._predictions(part, grid, window) for part in torch.split(logits, together))
+            return [prediction for predictions in some for prediction in predictions]
         # One by one, as each stands at full size.
         return [
             self._predictions(self._refined(*pair, self._crf)[None], grid, window)[0]
@@ -613,7 +611,7 @@ class Predictor:
         """
         num_images, num_classes = len(logits), len(self._classes)
         label_maps, confidence = self._tail(logits, grid, window)
-        valid = None if labelled is None else torch.from_numpy(labelled).to(self._device)
+        valid = None if labelled is None else torch.tensor(labelled, device=self._device)
         found, probability = label_maps, confidence
         if num_images > 1:  # each image with bins of its own
             firsts = torch.arange(0, num_images * num_classes, num_classes, dtype=torch.int32, device=self._device)

@@ -162,7 +162,7 @@ class Ledger:
         self._choices.append(choice)
 
     def choices(self) -> list[dict[str, Any]]:
-        """For each dtype the models in it: the lowest agreement, the lowest that was refused, a tail's error."""
+        """For each dtype the models in it: the lowest agreement, the lowest that was refused, an error."""
 
         def lowest(name: str, of_dtype: list[dict[str, Any]]) -> float | None:
             return min((choice[name] for choice in of_dtype if choice[name] is not None), default=None)
@@ -175,7 +175,7 @@ class Ledger:
                 "num_models": len(of_dtype),
                 "agreement": lowest("agreement", of_dtype),
                 "refused": lowest("refused", of_dtype),
-                "tail_error": next((choice["tail_error"] for choice in of_dtype if choice["tail_error"]), None),
+                "error": next((choice["error"] for choice in of_dtype if choice["error"]), None),
             }
             for dtype, of_dtype in by_dtype.items()
         ]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from segray.tile import Window
 
-__all__ = ["LOG2_E", "Grid", "Tail", "blocked", "neighbours", "results"]
+__all__ = ["LOG2_E", "Grid", "Tail", "blocked", "empty_maps", "neighbours"]
 
 LOG2_E = math.log2(math.e)
 
@@ -52,7 +52,7 @@ def blocked(
     """A `Tail` of torch's own operations, on any device."""
     num_images, num_classes, h, w = logits.shape
     device = logits.device
-    label_maps, confidence = results(num_images, num_classes, window, device)
+    label_maps, confidence = empty_maps(num_images, num_classes, window, device)
     # The first of equals has the largest of these.
     falling = torch.arange(num_classes, 0, -1, dtype=torch.float32, device=device)[:, None]
     is_coarse = (h, w) != (grid.height, grid.width)
@@ -87,7 +87,7 @@ def blocked(
     return label_maps, confidence
 
 
-def results(
+def empty_maps(
     num_images: int, num_classes: int, window: Window, device: torch.device
 ) -> tuple[Int[Tensor, "batch height width"], Float32[Tensor, "batch height width"]]:
     """What a `Tail` gives, to be filled."""

@@ -25,6 +25,7 @@ ARCHITECTURES = (
     "unet_densenet121",
     "unet_efficientnet-b0",
     "segformer_mit_b0",
+    "unet_tu-davit_tiny",  # which looks at its convolutions' attributes
 )
 
 
@@ -122,7 +123,10 @@ class Activated(nn.Module):
 def test_an_activation_goes_with_its_convolution_where_nothing_else_sees_what_is_between(
     kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    torch.manual_seed(0)
     module = Activated(kind).eval()
+    assert module.fourth.bias is not None
+    module.fourth.bias.data.fill_(-0.1)  # of positive numbers alone a ReLU makes nothing else
     expected = module(EXAMPLE)
     made, _ = of(module)
     torch.testing.assert_close(made(EXAMPLE), expected, rtol=1e-5, atol=1e-5)
@@ -181,6 +185,54 @@ def test_bfloat16_is_taken_where_the_first_batch_agrees_and_else_not(num_rows: i
         assert choice.agreement == pytest.approx(share)
         assert first.argmax(1).sum() == 0
     assert torch.equal(first, second)
+
+
+class Fails(Close):
+    """Does not compute in anything but float32."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            raise NotImplementedError("not in this dtype")
+        return super().forward(images)
+
+
+@torch.inference_mode()
+@pytest.mark.usefixtures("has_bfloat16")
+def test_a_model_that_fails_in_bfloat16_goes_on_in_float32_and_says_why() -> None:
+    made, choices = of(Fails(), "auto")
+    images = torch.rand(1, 3, 8, 8)
+    torch.testing.assert_close(made(images), Close()(images))
+    assert choices == [
+        Choice("float32", 1.0, None, "the model fails in bfloat16: NotImplementedError: not in this dtype")
+    ]
+
+
+@torch.inference_mode()
+def test_where_no_other_dtype_is_left_a_model_that_fails_says_so() -> None:
+    made, choices = of(Fails(), "bfloat16")
+    with pytest.raises(NotImplementedError):
+        made(EXAMPLE)
+    assert choices == []
+
+
+class Looks(nn.Module):
+    """Looks for its activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.activation = nn.Conv2d(3, 2, 1), nn.ReLU()
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert isinstance(self.activation, nn.ReLU)
+        result: Tensor = self.activation(self.convolution(images))
+        return result
+
+
+@torch.inference_mode()
+def test_a_model_that_lacks_what_was_taken_from_it_stays_as_it_was() -> None:
+    made, choices = of(Looks())
+    assert made(EXAMPLE).shape[1] == 2
+    assert choices == [Choice("float32", None)]
 
 
 @torch.inference_mode()
@@ -253,6 +305,13 @@ def test_layers_at_both_ends_stay_in_float32_where_they_are_a_small_part_of_all(
     assert {parameter.dtype for parameter in between.parameters() if parameter.dim() == 1} == {torch.float32}
 
 
+def test_of_a_gpus_layers_the_first_alone_stays_in_float32() -> None:
+    ladder = Ladder((1, 1, 1, 64, 64, 2))
+    first, last = forward._ends(ladder, EXAMPLE, *forward._EXACT_SHARES["cuda"])
+    assert first == {ladder.layers[0]}
+    assert last == set()
+
+
 class Exhausted(Close):
     """Has no memory, for a while."""
 
@@ -313,10 +372,12 @@ def test_a_model_of_classes_that_it_was_trained_on_keeps_them_in_bfloat16() -> N
 def test_where_the_kernel_of_the_tail_cannot_be_compiled_there_is_another_and_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert fast_tail(torch.device("cpu")) == (kernel_cpu.label, None)
+    assert fast_tail(torch.device("cpu"), 4) == (kernel_cpu.label, None)
 
     def fail(*of_tail: object) -> None:
         raise OSError("no compiler")
 
     monkeypatch.setattr(kernel_cpu, "label", fail)
-    assert fast_tail(torch.device("cpu")) == (blocked, "OSError: no compiler")
+    tail, error = fast_tail(torch.device("cpu"), 4)
+    assert tail is blocked
+    assert error == "the kernel of the network's tail could not be compiled: OSError: no compiler"

@@ -363,7 +363,7 @@ def test_a_crf_is_another_recipe_and_the_run_says_what_it_took_and_in_which_prec
     models = run["models"][0]
     assert 1 <= models["num_models"] <= run["placement"]["max_actors"]
     assert 0.99 <= models["agreement"] <= 1
-    assert models["tail_error"] is None
+    assert models["error"] is None
     told = capsys.readouterr().out
     assert f"the CRF took {run['crf_ms_per_image']:,.1f} ms an image" in told
     assert f"computed in {models['dtype']}: {models['agreement']:.2%} of the first batch's pixels as in float32" in told

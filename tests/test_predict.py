@@ -1,8 +1,5 @@
 import copy
 import dataclasses
-import platform
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -26,9 +23,10 @@ from segray.classes import Classes
 from segray.crf import Crf, refine
 from segray.decode import MAX_PIXELS, decode, decode_for
 from segray.errors import Reject, SettingsError
-from segray.forward import DType, Forward
+from segray.forward import Choice, DType, Forward
 from segray.model import Preprocessing
 from segray.predict import Prediction, Predictor, Raster
+from segray.tail import Grid, blocked
 from segray.tile import Tiling, Window
 from tests.awful import encoded
 from tests.conftest import CAMVID_CLASSES, random_checkpoint
@@ -641,29 +639,37 @@ def test_what_lacks_memory_beside_others_is_labelled_alone() -> None:
         np.testing.assert_array_equal(given_.label_map, expected.label_map)
 
 
-FREED = """
-import resource
-import torch
-from segray.predict import keep_freed_memory
-
-def num_faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(4):
-        torch.ones(2**24)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-torch.set_num_threads(1)
-mapped_anew = num_faults()
-keep_freed_memory()
-num_faults()
-assert num_faults() < mapped_anew / 10
-"""
+def test_a_predictor_tells_why_its_tail_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "segray.predict.fast_tail", lambda device, num_classes: (blocked, f"no kernel of {num_classes}")
+    )
+    choices: list[Choice] = []
+    made = predictor(chosen=choices.append)
+    only(made.predict([np.zeros((32, 32, 3), np.uint8)]))
+    assert [choice.error for choice in choices] == [f"no kernel of {len(CAMVID_CLASSES)}"]
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
-def test_memory_that_was_freed_is_not_mapped_anew() -> None:
-    ran = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+def test_what_is_fed_small_is_labelled_at_its_own_size_a_few_at_a_time() -> None:
+    made = with_module(PerPixel(), dataclasses.replace(IDENTITY, resize=8))
+    tail, shapes = made._tail, []
+
+    def remember(logits: Tensor, grid: Grid, window: Window) -> tuple[Tensor, Tensor]:
+        shapes.append((len(logits), window.height, window.width))
+        return tail(logits, grid, window)
+
+    made._tail = remember
+    only(made.predict([np.zeros((1000, 1000, 3), np.uint8)] * 5 + [np.zeros((100, 100, 3), np.uint8)] * 5))
+    assert shapes == [(2, 1000, 1000)] * 2 + [(1, 1000, 1000), (5, 100, 100)]
+
+
+@pytest.mark.parametrize("num_images", [2, 3, 4, 9, 10, 64])
+def test_threads_get_as_many_batches_each_and_no_image_is_alone(num_images: int) -> None:
+    made = with_module(PerPixel())
+    made._num_threads = 2
+    batches = list(made._batches(range(num_images), 360, 480))
+    assert sorted(index for some, _ in batches for index in some) == list(range(num_images))
+    assert all(len(some) >= 2 and is_beside for some, is_beside in batches)
+    assert len(batches) % 2 == 0 or num_images < 4
 
 
 def test_a_predictor_tells_how_many_images_each_forward_pass_was_for() -> None:

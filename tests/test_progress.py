@@ -59,16 +59,16 @@ def test_after_the_deadline_nothing_more_is_read() -> None:
 def test_models_are_told_of_by_what_they_compute_in_with_the_lowest_agreement() -> None:
     ledger = Ledger("run")
     assert ledger.choices() == []
-    for dtype, agreement, refused, tail_error in (
+    for dtype, agreement, refused, error in (
         ("bfloat16", 0.999, None, None),
         ("float32", 1.0, 0.97, None),
         ("bfloat16", 0.995, None, "no compiler"),
         ("float32", 0.9999, 0.98, None),
     ):
-        ledger.chosen({"dtype": dtype, "agreement": agreement, "refused": refused, "tail_error": tail_error})
+        ledger.chosen({"dtype": dtype, "agreement": agreement, "refused": refused, "error": error})
     assert ledger.choices() == [
-        {"dtype": "bfloat16", "num_models": 2, "agreement": 0.995, "refused": None, "tail_error": "no compiler"},
-        {"dtype": "float32", "num_models": 2, "agreement": 0.9999, "refused": 0.97, "tail_error": None},
+        {"dtype": "bfloat16", "num_models": 2, "agreement": 0.995, "refused": None, "error": "no compiler"},
+        {"dtype": "float32", "num_models": 2, "agreement": 0.9999, "refused": 0.97, "error": None},
     ]
 
 

@@ -1,6 +1,6 @@
 """The actor's path alone, without Ray: loops of one process, from decoded frames or JPEG bytes to label maps.
 
-Each is to run in a process of its own.
+Each is to run in a process of its own, and `fast` and `from_jpeg` under `predict.CPU_ENVIRONMENT` on a CPU.
 """
 
 import os
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from segray.decode import MAX_PIXELS, decode
-from segray.predict import Predictor, keep_freed_memory
+from segray.predict import Predictor
 from tests.benchmarks import eager
 
 T = TypeVar("T")
@@ -43,8 +43,8 @@ def eager_loop(way: eager.Way, frames: Sequence[Path], device: str, dtype: str, 
     images = [decode(frame.read_bytes(), MAX_PIXELS) for frame in frames]
     batches = list(_split(images, eager.BATCH_SIZE))
     with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
-        for _ in range(WARM_UP):
-            eager.label_images(model, batches[0])
+        for batch in [batches[0], batches[-1]] * WARM_UP:
+            eager.label_images(model, batch)
         began = time.perf_counter()
         for batch in batches:
             eager.label_images(model, batch)
@@ -86,9 +86,7 @@ def from_jpeg(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) -
 
 
 def build(way: eager.Way, device: str, dtype: str, **more: Any) -> Predictor:
-    """The job's own, in a process that begins as the job's actors do; `more` are further settings."""
-    if device == "cpu":
-        keep_freed_memory()
+    """The job's own; `more` are further settings."""
     more |= {"batch_size": eager.BATCH_SIZE, "device": device, "dtype": dtype, "num_threads": way.threads}
     return Predictor(way.weights.read_bytes, **more)
 

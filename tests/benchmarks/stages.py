@@ -150,11 +150,12 @@ def of_model(way: eager.Way, frames: Sequence[Path], device: str, dtype: str) ->
 @torch.inference_mode()
 def _plain_tail(logits: torch.Tensor, grid: Grid) -> None:
     """As it is written without one: logits and probabilities at full size, then classes, their counts and sums."""
-    full = F.interpolate(logits, (grid.height, grid.width), mode="bilinear")
+    full = F.interpolate(logits, (grid.height, grid.width), mode="bilinear", align_corners=grid.align_corners)
     confidence, label_maps = full.softmax(1).max(1)
-    for label_map, probability in zip(label_maps, confidence, strict=True):
-        torch.bincount(label_map.flatten(), minlength=eager.NUM_CLASSES).cpu()
-        torch.bincount(label_map.flatten(), probability.flatten().double(), eager.NUM_CLASSES).cpu()
+    num_bins = len(logits) * eager.NUM_CLASSES
+    bins = label_maps + torch.arange(0, num_bins, eager.NUM_CLASSES, device=logits.device)[:, None, None]
+    torch.bincount(bins.flatten(), minlength=num_bins).cpu()
+    torch.bincount(bins.flatten(), confidence.flatten().double(), num_bins).cpu()
     label_maps.byte().cpu().numpy()
 
 

@@ -54,6 +54,7 @@ from segray.classes import Classes
 from segray.demo import scene
 from segray.forward import DType, fast_dtype
 from segray.model import Checkpoint
+from segray.predict import CPU_ENVIRONMENT
 from tests.benchmarks import actor, eager, roofline, stages
 
 R = TypeVar("R")
@@ -129,7 +130,7 @@ class Suite:
 
     def _loops(self) -> tuple[Timed, Timed]:
         eager_rate = apart(actor.eager_loop, self._way, self._frames, self._device, "float32")
-        fast_rate = apart(actor.fast_loop, self._way, self._frames, self._device, self._dtype)
+        fast_rate = as_actor(self._device, actor.fast_loop, self._way, self._frames, self._device, self._dtype)
         loops = Timed(images_per_second=eager_rate), Timed(images_per_second=fast_rate, dtype=self._dtype)
         for name, loop in zip(("eager loop", "fast loop"), loops, strict=True):
             say(name, loop)
@@ -171,6 +172,12 @@ def apart(function: Callable[..., R], *arguments: Any) -> R:
     """Calls it in a process of its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def as_actor(device: str, function: Callable[..., R], *arguments: Any) -> R:
+    """Calls it in a process that begins as the job's actors do."""
+    with environment(CPU_ENVIRONMENT if device == "cpu" else {}):
+        return apart(function, *arguments)
 
 
 @contextlib.contextmanager
@@ -259,18 +266,24 @@ def on_s3(folder: Path, frames: Path) -> Iterator[str]:
         server.kill()
 
 
-def compiled(settings: Throughput, way: eager.Way, frames: Sequence[Path]) -> Timed:
-    """The eager loop, compiled."""
-    rate = apart(actor.eager_loop, way, frames, settings.device, settings.dtype, True)
-    return Timed(images_per_second=rate, dtype=settings.dtype)
+def compiled(suite: Suite, settings: Throughput, way: eager.Way, frames: Sequence[Path]) -> None:
+    """Times the eager loop, compiled."""
+    if not shutil.which("g++"):
+        print("there is no g++, and torch.compile is left out", file=sys.stderr)
+        return
+
+    def loop() -> Timed:
+        rate = apart(actor.eager_loop, way, frames, settings.device, settings.dtype, True)
+        return Timed(images_per_second=rate, dtype=settings.dtype)
+
+    suite.run("bare loop by torch.compile", loop)
 
 
 def of_jobs(settings: Throughput, way: eager.Way, frames: Sequence[Path], root: Path) -> tuple[list[Row], list[Row]]:
     """The table of ways, and that of the stages that feed the model."""
     _, num_bare = NUM_FRAMES[settings.model, settings.device]
     suite = Suite(settings, way, frames[:num_bare])
-    if shutil.which("g++"):
-        suite.run("bare loop by torch.compile", partial(compiled, settings, way, frames[:num_bare]))
+    compiled(suite, settings, way, frames[:num_bare])
     if settings.device == "cpu":
         suite.run("torch DataLoader", partial(peer, "dataloader", way))
         suite.run("Ray's documented recipe", partial(peer, "ray", way))
@@ -295,11 +308,11 @@ def of_actor(settings: Throughput, way: eager.Way, frames: Sequence[Path]) -> tu
     suite = Suite(settings, way, frames)
 
     def loop(function: Callable[..., float], dtype: str) -> Timed:
-        rate = apart(function, way, frames, settings.device, dtype)
+        rate = as_actor(settings.device, function, way, frames, settings.device, dtype)
         return Timed(images_per_second=rate, dtype=dtype)
 
     suite.run("from JPEG bytes", partial(loop, actor.from_jpeg, settings.dtype))
-    suite.run("bare loop by torch.compile", partial(compiled, settings, way, frames))
+    compiled(suite, settings, way, frames)
     if settings.dtype != "float32":
         eager_rate = partial(apart, actor.eager_loop, way, frames, settings.device, settings.dtype)
         suite.run("eager loop", lambda: Timed(images_per_second=eager_rate(), dtype=settings.dtype))
@@ -322,11 +335,11 @@ def of_model(settings: Throughput, way: eager.Way, frames: Sequence[Path]) -> tu
     way = dataclasses.replace(way, threads=1)
     device, (height, width) = settings.device, settings.size
     convolutions = roofline.convolutions(settings.model, height, width)
-    forward, tail, plain_tail = apart(stages.of_model, way, frames, device, settings.dtype)
+    forward, tail, plain_tail = as_actor(device, stages.of_model, way, frames, device, settings.dtype)
     milliseconds = {f"forward, {settings.dtype}": forward, "tail": tail, "tail, as it is plainly written": plain_tail}
     passes = [("eager", "float32", apart(roofline.eager_milliseconds, way, device, height, width))]
     if settings.dtype != "float32":
-        plain, *_ = apart(stages.of_model, way, frames, device, "float32")
+        plain, *_ = as_actor(device, stages.of_model, way, frames, device, "float32")
         passes.append(("fast", "float32", plain))
     passes.append(("fast", settings.dtype, forward))
     ceilings = {dtype: apart(roofline.ceilings, device, way.threads, dtype) for _, dtype, _ in passes}
