@@ -53,6 +53,7 @@ _BLOCK_BYTES = 64 * 2**20  # at most; Ray's own, twice as many, would fill a sma
 _TASK_CPUS = 0.25  # beside a model that computes on all cores, the other stages mostly wait
 _THREADS = 4
 _LEDGER_SECONDS = 30
+_LOADING_PRIORITY = 5  # about a third of the time of others that want the same core
 _MAX_NAMED = 20
 _REQUESTS_IN_FLIGHT = 32
 _TRANSFORM = tuple(f"transform_{letter}" for letter in "abcdef")
@@ -222,8 +223,8 @@ def label(job: Label) -> None:
 
     import ray  # first, as each import waits for the other
 
-    # Ray takes as long to start as torch to import.
-    loading = ThreadPoolExecutor(1).submit(_load, job, area)
+    # Ray takes longer to start than torch to import, and the processes that it starts have precedence.
+    loading = ThreadPoolExecutor(1, initializer=_step_back).submit(_load, job, area)
     if os.environ.get("RAY_ADDRESS"):
         loading.result()  # the folder that a job was submitted with is gone for it once it is connected
     with contextlib.ExitStack() as lock, session():
@@ -329,6 +330,12 @@ def _source(job: Label, area: Any) -> tuple[Any, Iterator[pa.Table]]:
             + (f", only {source.num_other} files of other kinds" if source.num_other else "")
         )
     return source, itertools.chain([first], entries)
+
+
+def _step_back() -> None:
+    """Lowers the priority of this thread, where a thread has one of its own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOADING_PRIORITY)
 
 
 def _load(job: Label, area: Any) -> tuple[Label, Any, dict[str, Any], Any]:
