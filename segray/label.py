@@ -1249,7 +1249,8 @@ def _print_summary(job: Label, record: Mapping[str, Any]) -> None:
             print(f"slower than it should be, as {models['error']}")
     rate, crf_ms = record["images_per_second"], record["crf_ms_per_image"]
     print(
-        f"{seconds['total']:.1f} s in all, {seconds['start']:.1f} s of them to the first label map"
+        f"{seconds['total']:.1f} s in all"
+        + (f", {seconds['start']:.1f} s of them to the first label map" if counts["labelled"] else "")
         + (f", then {rate:.1f} {noun}/s" if rate else "")
         + (f"; the CRF took {crf_ms:,.1f} ms an image" if crf_ms is not None else "")
     )
