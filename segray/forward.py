@@ -23,7 +23,7 @@ from segray import model
 from segray.tail import Grid, Tail, blocked
 from segray.tile import Window
 
-__all__ = ["MIN_AGREEMENT", "Choice", "DType", "Forward", "fast_dtype", "fast_tail", "told"]
+__all__ = ["MIN_AGREEMENT", "Choice", "DType", "Forward", "fast_dtype", "fast_tail", "lacks_memory"]
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -130,12 +130,12 @@ class Forward:
             taken = self._placed(_lowered(module, dtype, self._example, self._device), dtype), dtype
             try:
                 classes = self._classes(*taken, some)
-            except (torch.OutOfMemoryError, MemoryError, torch.AcceleratorError):  # the next batch's turn
+            except torch.AcceleratorError:  # the GPU's state is lost with it
                 raise
             except Exception as error:  # a model may raise anything
-                if number == len(self._ways):
+                if number == len(self._ways) or lacks_memory(error):  # of which the next batch may want less
                     raise
-                failure = failure or f"the model fails in {_name(dtype)}: {told(error)}"
+                failure = failure or f"the model fails in {_name(dtype)}: {_told(error)}"
                 continue
             agreement = float(torch.eq(classes, expected).double().mean())
             if agreement >= MIN_AGREEMENT:
@@ -154,8 +154,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def told(error: Exception) -> str:
-    """An exception in one line, which may be cut."""
+def lacks_memory(error: Exception) -> bool:
+    """Whether that is what it says."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "memory" in str(error)
+
+
+def _told(error: Exception) -> str:
+    """In one line, which may be cut."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
@@ -187,7 +192,7 @@ def fast_tail(device: torch.device, num_classes: int) -> tuple[Tail, str | None]
         logits = torch.zeros(1, num_classes, 2, 2, device=device)
         label(logits.contiguous(memory_format=torch.channels_last), Grid(4, 4), Window(0, 0, 4, 4))
     except Exception as error:  # no compiler, an unknown GPU, …: what Triton and Numba raise has no common base
-        return blocked, f"the kernel of the network's tail could not be compiled: {told(error)}"
+        return blocked, f"the kernel of the network's tail could not be compiled: {_told(error)}"
     return label, None
 
 

@@ -20,7 +20,7 @@ from segray import model
 from segray.crf import Crf, refine
 from segray.decode import Decoded
 from segray.errors import Reject, SettingsError
-from segray.forward import Choice, DType, Forward, fast_tail
+from segray.forward import Choice, DType, Forward, fast_tail, lacks_memory
 from segray.labelmap import dtype_for
 from segray.model import Checkpoint
 from segray.stitch import stitch, weight
@@ -697,7 +697,7 @@ def _joined(parts: Sequence[Prediction]) -> Prediction:
 
 def _failed(error: Exception, height: int, width: int, way_out: str) -> Reject:
     text = " ".join(str(error).split())[:300]
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "memory" in text:
+    if lacks_memory(error):
         return Reject("predict", _NO_MEMORY, f"{width}×{height} alone; {way_out}: {text}")
     return Reject("predict", "the model failed", f"{width}×{height}: {text}")
 
